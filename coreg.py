@@ -87,8 +87,8 @@ class Row(NamedTuple):
 GREY = dict(channels=1, epochs=100, views="grey")
 DATASETS = {
     "digits": Row(read_digits, "nothing, it comes with scikit-learn", DIGITS, True, dict(
-        annotator="tiny", templates="digits", views="digit", image_size=16, channels=1, width=16,
-        epochs=24, warm_up=8, start_contrastive=3, batch_size=64, lr=0.05, lr_period=24,
+        annotator="tiny", templates="digits", views="digit", image_size=8, channels=1, width=8,
+        epochs=16, warm_up=4, start_contrastive=6, batch_size=32, lr=0.1, lr_period=16,
         momentum=0.99, queue_size=1024)),
     "cifar10": Row(lambda root, split: tv.CIFAR10(root, split == "train", download=True),
                    "cifar-10-batches-py/"),
@@ -115,7 +115,7 @@ def read_dataset(cfg):
     try:
         train = row.read(cfg.data_dir, "train")
         test = train if row.holdout else row.read(cfg.data_dir, "test")
-    except (OSError, RuntimeError, ValueError, LookupError, EOFError) as error:
+    except Exception as error:  # torchvision and the net raise many kinds; the advice is the same
         raise CoregError(f"--data-dir: {cfg.dataset} could be neither read nor downloaded ({error}); "
                          f"expected below {cfg.data_dir!r}: {row.files}") from error
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(SPLIT_SEED)).tolist()
@@ -134,10 +134,11 @@ def to_square(image, size, channels):
 
 def collate(transform, pairs):
     images, labels = zip(*pairs)
-    return torch.stack([transform(image) for image in images]), torch.tensor(labels)
+    return torch.stack([transform(image) for image in images]), torch.tensor(
+        [-1 if label is None else label for label in labels])
 
 def load_images(pairs, transform, task):
-    """Batches (images [B,C,S,S], labels [B]) in order, with a progress bar."""
+    """Batches (images [B,C,S,S], labels [B], -1 where unknown) in order, with a progress bar."""
     workers = min(8, os.cpu_count() or 1) if len(pairs) > 4096 else 0  # few images: faster without
     return tqdm(DataLoader(pairs, 256, num_workers=workers, collate_fn=partial(collate, transform)),
                 desc=task, disable=None, leave=False)
@@ -265,7 +266,8 @@ def load_tiny(folder, device):
         nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())]
     model.visual = nn.Sequential(  # in place of the transformer: convolutions suit 8x8 pixels
         *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 64))
-    tokenizer, path = SimpleTokenizer(context_length=12), folder / "tiny-clip.pt"
+    tokenizer = SimpleTokenizer(context_length=12)
+    path = folder / f"tiny-clip-{TINY_STEPS}x{TINY_BATCH}-{TINY_SEED}.pt"
     try:
         model.load_state_dict(torch.load(path, weights_only=True))
     except Exception:  # not there yet, or not readable: train it (anew)
@@ -347,6 +349,8 @@ def random_crop(images, padding, flip):
 def warp(images, coefficients, mode="nearest", bend=0):
     """Each image of [B,C,S,S] under its own affine map: what (x,y), in -1..1, shows comes from
     (ax+by+c, dx+ey+f) + bend; black outside. coefficients a..f: numbers or [B]; bend [B,S,S,2]."""
+    if not len(images):
+        return images
     theta = images.new_empty(6, len(images))
     for i, value in enumerate(coefficients):
         theta[i] = value
@@ -412,7 +416,7 @@ class Views:
         side, some = images.shape[-1], images[::max(1, len(images) // 10_000)].float() / 255
         self.mean = some.mean((0, 2, 3)).view(1, -1, 1, 1)  # of up to 20,000 images
         self.std = some.std((0, 2, 3)).clamp_min(1 / 255).view(1, -1, 1, 1)  # safe: a single colour
-        self.crop = round(side / (16 if kind == "digit" else 8)), kind in ("photo", "grey")
+        self.crop = max(1, round(side / (16 if kind == "digit" else 8))), kind in ("photo", "grey")
         self.change = {"digit": random_affine, "grey": lambda x: x}.get(kind, random_operation)
         self.square = {"digit": (0, side / 3), "grey": (16, 16)}.get(kind, (0, side / 2))
 
@@ -457,7 +461,7 @@ class CoRegNet(nn.Module):
         for dim, stride in zip((width, 2 * width, 4 * width, 8 * width), strides):
             layers += [PreActBlock(max(width, dim // 2), dim, stride), PreActBlock(dim, dim, 1)]
         self.encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())  # [B, 8*width]
-        self.fc, self.embedding_dim = nn.Linear(dim, num_classes), embedding_dim
+        self.fc = nn.Linear(dim, num_classes)
         self.head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, embedding_dim))
 
     def forward(self, images):
@@ -468,7 +472,7 @@ class Learner:
     """One of the two networks, with all the state that belongs to it."""
     def __init__(self, net, cfg):
         self.net, self.key_net = net, copy.deepcopy(net).requires_grad_(False)
-        self.queue = MomentumQueue(cfg.queue_size, net.embedding_dim)
+        self.queue = MomentumQueue(cfg.queue_size, cfg.embedding_dim)
         self.losses = []  # of the last splits, [N] each: input of the mixture model (section 6)
         self.optimizer = torch.optim.SGD(  # momentum and weight decay: paper, section 4.1
             net.parameters(), cfg.lr, momentum=0.9, weight_decay=5e-4)
@@ -575,7 +579,8 @@ def split_data(learner, images, views, candidates, prior, cfg):
 
 def sharpen(probs, temperature):
     """normalise(p^(1/temperature)), [B,K]; a temperature below 1 makes labels more certain."""
-    return F.normalize(probs ** (1 / temperature), p=1, dim=1)
+    relative = probs / probs.amax(1, keepdim=True)  # so that the largest power is 1, never 0
+    return F.normalize(relative ** (1 / temperature), p=1, dim=1)
 
 def refine_labels(own_probs, partner_probs, candidates, clean_prob, temperature):
     """Targets [B,K] of clean samples: sharpen(w r + (1-w) o).
@@ -738,23 +743,27 @@ def predict(net, images, views):
     return torch.cat([net(views.plain(batch))[0] for batch in images.split(EVAL_BATCH)])
 
 def accuracy(scores, labels):
-    """Percent of rows of scores [N,K] whose argmax is the label [N]."""
-    return 100 * (scores.argmax(1) == labels.to(scores.device)).float().mean().item()
+    """Percent of rows of scores [N,K] whose argmax is the label [N]; None without labels."""
+    if labels is not None:
+        return 100 * (scores.argmax(1) == labels.to(scores.device)).float().mean().item()
 
 def coverage(candidates, labels):
-    """Percent of candidate sets bool [N,K] that hold the label [N]."""
-    return 100 * candidates.gather(1, labels.to(candidates.device)[:, None]).float().mean().item()
+    """Percent of candidate sets bool [N,K] that hold the label [N]; None without labels."""
+    if labels is not None:
+        hit = candidates.gather(1, labels.to(candidates.device)[:, None])  # [N,1]
+        return 100 * hit.float().mean().item()
 
 def evaluate(train_labels, test_labels, test_images, candidates, nets, views, splits):
     """Figures of one epoch: test accuracy of both networks and of each; how good the splits are."""
     figures = {}
     if test_labels is not None:
         one, two = (predict(net, test_images, views) for net in nets)
-        for name, logits in (("test_acc", one + two), ("test_acc_net1", one), ("test_acc_net2", two)):
+        for name, logits in dict(test_acc=one + two, test_acc_net1=one, test_acc_net2=two).items():
             figures[name] = accuracy(logits, test_labels)
     if train_labels is not None and splits:
         clean = [clean_prob.cpu() > 0.5 for _, clean_prob in splits]
-        figures["clean_precision*"] = sum(coverage(candidates[c], train_labels[c]) for c in clean) / 2
+        precision = [coverage(candidates[c], train_labels[c]) for c in clean]
+        figures["clean_precision*"] = sum(precision) / 2
         figures["pseudo_label_acc*"] = accuracy(splits[0][0] + splits[1][0], train_labels)
     return figures
 
@@ -797,6 +806,7 @@ class Config:
     lr: float = setting(0.01, "learning rate of SGD", 1e-12)
     lr_period: int = setting(800, "epochs from lr to lr/1000; the paper's 100-epoch runs keep 800", 1)
     width: int = setting(64, "channels of the first stage of the ResNet-18", 1)
+    embedding_dim: int = setting(128, "size D of the embeddings", 1)
     prior: str = setting("uniform", "class shares to align with; clip: those that CLIP predicts",
                          choices=["uniform", "clip"])
     temperature: float = setting(0.5, "sharpening temperature T", 1e-3)
@@ -887,14 +897,16 @@ def co_training_epoch(own, partner, split, prototypes, images, candidates, views
     for step, rows_x in enumerate(batches_x):
         batches_u = batches_u or batches(unlabeled.nonzero()[:, 0], cfg.batch_size)
         rows_x, rows_u = rows_x.to(images.device), batches_u.pop().to(images.device)
-        kinds = [views.weak, views.weak, views.strong, views.strong]
-        views_x, views_u = ([view(images[rows]) for view in kinds] for rows in (rows_x, rows_u))
+        four = images[torch.cat([rows_x, rows_x, rows_u, rows_u])]  # two views of each, of both kinds
+        sizes = [len(rows_x)] * 2 + [len(rows_u)] * 2
+        x_w1, x_w2, u_w1, u_w2 = views.weak(four).split(sizes)
+        x_s1, x_s2, u_s1, u_s2 = views.strong(four).split(sizes)
         lam = np.random.beta(MIXUP_ALPHA, MIXUP_ALPHA)
-        permutation = torch.randperm(2 * (len(rows_x) + len(rows_u))).to(images.device)
+        permutation = torch.randperm(len(four)).to(images.device)
         weight_u = cfg.lambda_u * ramp_up(epoch + step / len(batches_x), cfg.warm_up)
         terms, updated = co_training_terms(
-            own, partner.net, prototypes, views_x, views_u, candidates[rows_x], clean_prob[rows_x],
-            probs[rows_x], max(lam, 1 - lam), permutation, weight_u,
+            own, partner.net, prototypes, (x_w1, x_w2, x_s1, x_s2), (u_w1, u_w2, u_s1, u_s2),
+            candidates[rows_x], clean_prob[rows_x], probs[rows_x], max(lam, 1 - lam), permutation, weight_u,
             epoch > cfg.warm_up + cfg.start_contrastive, cfg)  # ">" as published: one epoch later
         prototypes.copy_(updated)
         yield own.step(terms)
@@ -919,9 +931,10 @@ def train(cfg, images, candidates, prior, figures, folder):
     torch.manual_seed(cfg.seed)
     np.random.seed(cfg.seed)
     views, records, num_classes = Views(cfg.views, images), [], candidates.shape[1]
-    learners = [Learner(CoRegNet(num_classes, cfg.channels, cfg.image_size, cfg.width).to(images.device),
-                        cfg) for _ in range(2)]
-    prototypes = torch.zeros(num_classes, learners[0].net.embedding_dim, device=images.device)
+    shape = (num_classes, cfg.channels, cfg.image_size, cfg.width, cfg.embedding_dim)
+    learners = [Learner(CoRegNet(*shape).to(images.device, memory_format=torch.channels_last), cfg)
+                for _ in range(2)]  # channels last: the layout in which convolutions are fastest
+    prototypes = torch.zeros(num_classes, cfg.embedding_dim, device=images.device)
     print(" ".join(f"{name.removeprefix('test_'):>8.8}" for name in COLUMNS))
     for epoch in range(cfg.epochs):
         start, splits, lr = time.time(), [], cosine_lr(epoch, cfg.lr, cfg.lr_period)
@@ -952,8 +965,13 @@ def run(cfg):
     device, folder, table = pick_device(cfg.device), choose_folder(cfg), {}
     train_set, test_set, class_names = read_dataset(cfg)
     to_tensor = partial(to_square, size=cfg.image_size, channels=cfg.channels)
-    (images, labels), (test_images, test_labels) = (
-        map(torch.cat, zip(*load_images(pairs, to_tensor, "read"))) for pairs in (train_set, test_set))
+    try:
+        (images, labels), (test_images, test_labels) = (
+            map(torch.cat, zip(*load_images(pairs, to_tensor, "read"))) for pairs in (train_set, test_set))
+    except (OSError, RuntimeError) as error:
+        raise CoregError(f"--data-dir: an image of {cfg.dataset} below {cfg.data_dir!r} cannot be read "
+                         f"({str(error).splitlines()[-1]}); repair or remove it") from error
+    labels, test_labels = (None if (y < 0).any() else y for y in (labels, test_labels))
     templates = TEMPLATES[cfg.templates]
     if cfg.templates == "imagenet":
         import open_clip
@@ -974,7 +992,9 @@ def run(cfg):
         prior = mean.mean(0) if cfg.prior == "clip" else prior
         candidates = (mean if cfg.candidates == "soft" else
                       candidate_sets(probs, cfg.candidates, cfg.top_k, cfg.ratio))
-        table["zero-shot %, best single template*"] = max(accuracy(p, test_labels) for p in test_probs)
+        if test_labels is not None:
+            table["zero-shot %, best single template*"] = max(
+                accuracy(p, test_labels) for p in test_probs)
         table["zero-shot %, mean of templates"] = accuracy(test_probs.float().mean(0), test_labels)
     if candidates.dtype == torch.bool:
         table["candidate sets with the true label* %"] = coverage(candidates, labels)
@@ -987,13 +1007,13 @@ def run(cfg):
                                      figures, folder)
     write_atomically(folder / "model.pt", partial(torch.save, dict(
         networks=[{name: v.cpu() for name, v in own.net.state_dict().items()} for own in learners],
-        class_names=class_names, mean=views.mean.cpu(), std=views.std.cpu(), width=cfg.width,
-        image_size=cfg.image_size, in_channels=cfg.channels)))
+        class_names=class_names, mean=views.mean.cpu(), std=views.std.cpu(), channels=cfg.channels,
+        image_size=cfg.image_size, width=cfg.width, embedding_dim=cfg.embedding_dim)))
     if cfg.warm_up:
-        table["test accuracy % after warm-up"] = records[cfg.warm_up - 1]["test_acc"]
-    for name, key in (("network 1", "test_acc_net1"), ("network 2", "test_acc_net2"), ("both", "test_acc")):
-        table[f"test accuracy % at the end, {name}"] = records[-1][key]
-    print(*(f"{name:40} {value:6.2f}" for name, value in table.items()), sep="\n")
+        table["test accuracy % after warm-up"] = records[cfg.warm_up - 1].get("test_acc")
+    for name, key in {"network 1": "_net1", "network 2": "_net2", "both": ""}.items():
+        table[f"test accuracy % at the end, {name}"] = records[-1].get("test_acc" + key)
+    print(*(f"{name:40} {value:6.2f}" for name, value in table.items() if value is not None), sep="\n")
     print(f"(*: needs labels that training never sees)  The classifier: {folder / 'model.pt'}")
 
 def main(argv=None):
