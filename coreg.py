@@ -208,6 +208,7 @@ def load_clip(cfg, device):
 # truly describe the drawing. It has never seen a handwritten digit.
 
 TINY_STEPS, TINY_BATCH, TINY_SEED = 800, 128, 0
+TINY_IMAGES = 100  # batches of them, each drawn once and seen again
 
 def draw_glyphs(size=64, height=52):
     """The digits in Pillow's outline font (0-9) and in its bitmap font (10-19): [20,1,64,64]."""
@@ -281,10 +282,12 @@ def pretrain_tiny(model, tokens, lr=2e-3):
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, TINY_STEPS, pct_start=.05)
     glyphs, pairs = draw_glyphs(), torch.arange(TINY_BATCH)
+    classes = torch.randint(10, (TINY_IMAGES, TINY_BATCH))
+    drawn = [(row, *render_glyphs(glyphs, row)) for row in classes]  # (classes, images, true captions)
+    classes, drawings, true = (torch.cat(column) for column in zip(*drawn))
     for _ in tqdm(range(TINY_STEPS), desc="pre-train TinyCLIP", disable=None, leave=False):
-        classes = torch.randint(10, (TINY_BATCH,))
-        images, true = render_glyphs(glyphs, classes)
-        captions = torch.multinomial(true, 1)[:, 0] * 10 + classes  # [B]
+        some = torch.randint(len(classes), (TINY_BATCH,))
+        images, captions = drawings[some], torch.multinomial(true[some], 1)[:, 0] * 10 + classes[some]
         features = model.encode_image(2 * images - 1, normalize=True)  # [B,D]
         texts = model.encode_text(tokens, normalize=True)[captions]  # [B,D]
         logits = model.logit_scale.exp() * features @ texts.T  # [B,B]
@@ -396,10 +399,11 @@ def random_operation(images):
     changed = torch.cat([operation(x, u) if len(x) else x for operation, x, u in groups])
     return torch.empty_like(images).index_copy_(0, place, changed.clamp(0, 1))
 
-def random_affine(images):
-    """For digits: turn by up to 20 degrees, scale by up to 15 %, shift by up to a tenth."""
+def random_affine(images, turn, scale, shift):
+    """Turn by up to `turn` degrees, scale and shift by up to these shares; [B,C,S,S] in [0,1]."""
     u = (2 * torch.rand(4, len(images)) - 1).to(images.device)
-    return rotate(images, math.radians(20) * u[0], 1 + .15 * u[1], .2 * u[2], .2 * u[3], "bilinear")
+    return rotate(images, math.radians(turn) * u[0], 1 + scale * u[1], 2 * shift * u[2],
+                  2 * shift * u[3], "bilinear")
 
 def cutout(images, low, high):
     """A grey square at a random place of each image, its side uniform in low..high pixels."""
@@ -413,22 +417,33 @@ class Views:
     """uint8 batches [B,C,S,S] -> normalised float views of one of the kinds that Config.views names.
     DIFFERS: mean and deviation of each channel are measured on the training images, not typed in."""
     def __init__(self, kind, images):
-        side, some = images.shape[-1], images[::max(1, len(images) // 10_000)].float() / 255
-        self.mean = some.mean((0, 2, 3)).view(1, -1, 1, 1)  # of up to 20,000 images
+        some = images[::max(1, len(images) // 10_000)].float() / 255  # 10,000 images tell enough
+        self.mean = some.mean((0, 2, 3)).view(1, -1, 1, 1)
         self.std = some.std((0, 2, 3)).clamp_min(1 / 255).view(1, -1, 1, 1)  # safe: a single colour
-        self.crop = max(1, round(side / (16 if kind == "digit" else 8))), kind in ("photo", "grey")
-        self.change = {"digit": random_affine, "grey": lambda x: x}.get(kind, random_operation)
-        self.square = {"digit": (0, side / 3), "grey": (16, 16)}.get(kind, (0, side / 2))
+        self.kind, self.side = kind, images.shape[-1]
+
+    def normalise(self, images):
+        return (images - self.mean) / self.std
 
     def plain(self, images):
-        return (images.float() / 255 - self.mean) / self.std
+        return self.normalise(images.float() / 255)
+
+    def moved(self, images):
+        if self.kind == "digit":
+            return random_affine(images.float() / 255, 0, 0, 1 / 16)
+        mirror = self.kind != "sign"  # a mirrored sign is another one
+        return random_crop(images, round(self.side / 8), mirror).float() / 255
 
     def weak(self, images):
-        return self.plain(random_crop(images, *self.crop))
+        return self.normalise(self.moved(images))
 
     def strong(self, images):
-        images = self.change(random_crop(images, *self.crop).float() / 255)
-        return (cutout(images, *self.square) - self.mean) / self.std
+        if self.kind == "digit":
+            images = random_affine(images.float() / 255, 20, 0.15, 0.1)
+            return self.normalise(cutout(images, 0, self.side / 3))
+        if self.kind == "grey":
+            return self.normalise(cutout(self.moved(images), 16, 16))
+        return self.normalise(cutout(random_operation(self.moved(images)), 0, self.side / 2))
 
 # (4) Both networks -------------------------------------------------------------------------------
 # Two pre-activation ResNet-18 (paper, section 4.1) that differ only in their random start. Each has a
