@@ -34,11 +34,7 @@ from tqdm import tqdm
 # Suffixes: _w1 _w2 weak views, _s1 _s2 strong views, _x clean part of the split, _u unlabeled part.
 
 class CoregError(Exception):
-    """What the user can mend: main() prints it as one line and returns `code`."""
-    code = 2
-
-class NotFinite(CoregError):
-    code = 1
+    """CoregError(message, exit code=2): what the user can mend; main() prints it as one line."""
 
 # (1) Prompt templates and the table of datasets --------------------------------------------------
 # A prompt is a template filled with a class name. A data set is a sequence of pairs (PIL image,
@@ -51,10 +47,11 @@ TEMPLATES = {
     "small": phrases("""a photo of a {}; a rendering of a {}; a cropped photo of the {}; the photo
         of a {}; a photo of a clean {}; a photo of a dirty {}; a dark photo of the {}; a photo of my
         {}; a photo of the cool {}; a close-up photo of a {}; a bright photo of the {}; a cropped
-        photo of a {}; a photo of the {}; a good photo of the {}; a photo of one {}; a close-up photo
-        of the {}; a rendition of the {}; a photo of the clean {}; a rendition of a {}; a photo of a
-        nice {}; a good photo of a {}; a photo of the nice {}; a photo of the small {}; a photo of
-        the weird {}; a photo of the large {}; a photo of a cool {}; a photo of a small {}"""),
+        photo of a {}; a photo of the {}; a good photo of the {}; a photo of one {}; a close-up
+        photo of the {}; a rendition of the {}; a photo of the clean {}; a rendition of a {}; a
+        photo of a nice {}; a good photo of a {}; a photo of the nice {}; a photo of the small {};
+        a photo of the weird {}; a photo of the large {}; a photo of a cool {}; a photo of a small
+        {}"""),
     "digits": phrases("""a photo of the number {}.; a bold number {}.; a thin number {}.; a narrow
         number {}.; a wide number {}.; a slanted number {}.; a rotated number {}.; a wobbly number
         {}.; a blurry photo of the number {}.; a top-heavy number {}.; a bottom-heavy number {}.; a
@@ -66,10 +63,10 @@ SIGNS = phrases("""Speed limit 20; Speed limit 30; Speed limit 50; Speed limit 6
     for trucks; Right of way at the next intersection; Priority road; Yield; Stop; No vehicles; No
     trucks; No entry; General caution; Dangerous curve to the left; Dangerous curve to the right;
     Double curve; Bumpy road; Slippery road; Road narrows on the right; Road work; Traffic signals;
-    Pedestrians; Children crossing; Bicycles crossing; Beware of ice and snow; Wild animals crossing;
-    End of all limits; Turn right ahead; Turn left ahead; Ahead only; Go straight or right; Go
-    straight or left; Keep right; Keep left; Roundabout; End of no passing; End of no passing for
-    trucks""")
+    Pedestrians; Children crossing; Bicycles crossing; Beware of ice and snow; Wild animals
+    crossing; End of all limits; Turn right ahead; Turn left ahead; Ahead only; Go straight or
+    right; Go straight or left; Keep right; Keep left; Roundabout; End of no passing; End of no
+    passing for trucks""")
 
 def read_digits(root, split):
     """scikit-learn's 1,797 handwritten digits, 8x8 pixels with grey values 0..16: no download."""
@@ -87,8 +84,8 @@ class Row(NamedTuple):
 GREY = dict(channels=1, epochs=100, views="grey")
 DATASETS = {
     "digits": Row(read_digits, "nothing, it comes with scikit-learn", DIGITS, True, dict(
-        annotator="tiny", templates="digits", views="digit", image_size=8, channels=1, width=8,
-        epochs=16, warm_up=4, start_contrastive=6, batch_size=32, lr=0.1, lr_period=16,
+        annotator="tiny", templates="digits", views="digit", image_size=8, channels=1, width=16,
+        epochs=12, warm_up=4, start_contrastive=5, batch_size=32, lr=0.1, lr_period=12,
         momentum=0.99, queue_size=1024)),
     "cifar10": Row(lambda root, split: tv.CIFAR10(root, split == "train", download=True),
                    "cifar-10-batches-py/"),
@@ -116,7 +113,7 @@ def read_dataset(cfg):
         train = row.read(cfg.data_dir, "train")
         test = train if row.holdout else row.read(cfg.data_dir, "test")
     except Exception as error:  # torchvision and the net raise many kinds; the advice is the same
-        raise CoregError(f"--data-dir: {cfg.dataset} could be neither read nor downloaded ({error}); "
+        raise CoregError(f"--data-dir: {cfg.dataset} can be neither read nor downloaded ({error}); "
                          f"expected below {cfg.data_dir!r}: {row.files}") from error
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(SPLIT_SEED)).tolist()
     if row.holdout:
@@ -145,8 +142,8 @@ def load_images(pairs, transform, task):
 
 # (2) CLIP annotation -> candidate label sets -----------------------------------------------------
 # Template t and class k give the text feature u_tk, image i gives v_i; P[t,i,:] is the softmax
-# over k of logit_scale * v_i . u_tk. The candidate set S_i is what the single templates answer: small
-# where they agree, and perhaps without the true label (paper, section 3.1).
+# over k of logit_scale * v_i . u_tk. The candidate set S_i is what the single templates answer:
+# small where they agree, and perhaps without the true label (paper, section 3.1).
 
 def candidate_sets(probs, mode="multi_prompt", top_k=5, ratio=0.5):
     """probs [T,N,K], rows sum to 1 -> candidate sets bool [N,K].
@@ -195,12 +192,13 @@ def load_clip(cfg, device):
             name, weights, device=device, require_pretrained=True)
     except Exception as error:  # open_clip and the hub raise many kinds; the advice is the same
         hub = open_clip.get_pretrained_cfg(name, weights).get("hf_hub")
-        raise CoregError(f"--clip-model {name} --clip-pretrained {weights} cannot be loaded: " + (
-            f"fetch huggingface.co/{hub}open_clip_model.safetensors by hand and pass its path to "
-            "--clip-pretrained" if hub else "expected a checkpoint file of this model, a tag out of "
-            f"{open_clip.list_pretrained_tags_by_model(name)}, or another model: try "
-            f"{difflib.get_close_matches(name, open_clip.list_models())}")
-            + f" ({type(error).__name__}: {str(error)[:150]})") from error
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        near = difflib.get_close_matches(name, open_clip.list_models())
+        advice = (f"download huggingface.co/{hub}open_clip_model.safetensors and pass its path to "
+                  "--clip-pretrained" if hub else "expected a file made for this model, one of its "
+                  f"tags {tags}, or another model, such as {near}")
+        raise CoregError(f"--clip-model {name} --clip-pretrained {weights} did not load: {advice} "
+                         f"({type(error).__name__}: {str(error)[:150]})") from error
     return model.eval(), preprocess, open_clip.get_tokenizer(name)
 
 # TinyCLIP, the annotator of the digits, is open_clip's CLIP class and tokenizer in a tiny size,
@@ -218,7 +216,8 @@ def draw_glyphs(size=64, height=52):
             image = Image.new("L", (96, 96))
             ImageDraw.Draw(image).text((8, 8), digit, fill=255, font=font)
             image = image.crop(image.getbbox())
-            image = image.resize((round(height * image.width / image.height), height), Image.BICUBIC)
+            width = round(height * image.width / image.height)
+            image = image.resize((width, height), Image.BICUBIC)
             glyphs.append(TF.center_crop(TF.pil_to_tensor(image), size) / 255)
     return torch.stack(glyphs)
 
@@ -226,7 +225,8 @@ def render_glyphs(glyphs, classes, side=32):
     """Classes [B] -> images [B,1,8,8] in [0,1], and which of the digit templates are true [B,T]."""
     n, column, place = len(classes), (-1, 1, 1, 1), torch.arange(float(side))
     def uniform(low, high): return torch.rand(n) * (high - low) + low
-    def ends(hit): return torch.where(hit, place, side).amin(1), torch.where(hit, place + 1, 0).amax(1)
+    def ends(hit): return (torch.where(hit, place, side).amin(1),
+                           torch.where(hit, place + 1, 0).amax(1))
     angle, shear, waist = uniform(-.25, .25), uniform(-.4, .4), uniform(-.3, .3)
     wide, tall, wobble = uniform(.8, 1.4), uniform(.95, 1.25), uniform(0, .2)
     font, stroke, blur = torch.randint(2, (n,)), torch.randint(3, (n,)), torch.rand(n) < .25
@@ -241,15 +241,16 @@ def render_glyphs(glyphs, classes, side=32):
         thick = F.max_pool2d(F.pad(images, (i - 1, 2 - i, i - 1, 2 - i)), 2, 1)
         images = torch.where((stroke >= i).view(column), thick, images)
     images = torch.where(blur.view(column), F.avg_pool2d(images, 5, 1, 2), images)
-    ink = images[:, 0] > .4 * images.amax((2, 3))[..., None]  # [B,32,32]; cut there, like real digits
+    ink = images[:, 0] > .4 * images.amax((2, 3))[..., None]  # cut there, like the real digits
     (top, bottom), (left, right) = ends(ink.any(2)), ends(ink.any(1))
     height = (bottom - top).clamp_min(4) / side
     width = torch.maximum((right - left) / side, height * uniform(1, 1.4))
     box = (width, 0, (left + right) / side - 1, 0, height, (top + bottom) / side - 1)
     images = F.avg_pool2d(warp(images, box, "bilinear"), side // 8)
     plain = torch.full((n,), .35)  # the plain caption is always true; it is chosen less often
-    true = torch.stack([plain, stroke == 2, stroke == 0, wide < .95, wide > 1.25, shear.abs() > .25,
-                        angle.abs() > .17, wobble > .14, blur, waist < -.18, waist > .18, font == 1])
+    true = torch.stack([  # in the order of the templates
+        plain, stroke == 2, stroke == 0, wide < .95, wide > 1.25, shear.abs() > .25,
+        angle.abs() > .17, wobble > .14, blur, waist < -.18, waist > .18, font == 1])
     return images / images.amax((1, 2, 3), keepdim=True).clamp_min(.05), true.T
 
 def tiny_preprocess(image):
@@ -283,11 +284,12 @@ def pretrain_tiny(model, tokens, lr=2e-3):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, TINY_STEPS, pct_start=.05)
     glyphs, pairs = draw_glyphs(), torch.arange(TINY_BATCH)
     classes = torch.randint(10, (TINY_IMAGES, TINY_BATCH))
-    drawn = [(row, *render_glyphs(glyphs, row)) for row in classes]  # (classes, images, true captions)
+    drawn = [(row, *render_glyphs(glyphs, row)) for row in classes]
     classes, drawings, true = (torch.cat(column) for column in zip(*drawn))
     for _ in tqdm(range(TINY_STEPS), desc="pre-train TinyCLIP", disable=None, leave=False):
         some = torch.randint(len(classes), (TINY_BATCH,))
-        images, captions = drawings[some], torch.multinomial(true[some], 1)[:, 0] * 10 + classes[some]
+        images = drawings[some]
+        captions = torch.multinomial(true[some], 1)[:, 0] * 10 + classes[some]  # [B]
         features = model.encode_image(2 * images - 1, normalize=True)  # [B,D]
         texts = model.encode_text(tokens, normalize=True)[captions]  # [B,D]
         logits = model.logit_scale.exp() * features @ texts.T  # [B,B]
@@ -317,15 +319,15 @@ def cached_annotation(cfg, datasets, pixels, class_names, templates, device):
                       [hashlib.sha256(images.numpy()).hexdigest() for images in pixels]])
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
     path, names = folder / f"{cfg.dataset}-{cfg.annotator}-{digest}.npz", ["probs", "test_probs"]
-    if path.exists():
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                print(f"annotation: read from {path}")
-                return [torch.from_numpy(file[name]) for name in names]
-        except Exception as error:  # a cut-off archive raises many kinds
-            print(f"annotation: made anew, {path} cannot be read ({error})")
-    model, preprocess, tokenizer = (load_tiny(folder, device) if cfg.annotator == "tiny" else
-                                    load_clip(cfg, device))
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            probs = [torch.from_numpy(file[name]) for name in names]
+            print(f"annotation: read from {path}")
+            return probs
+    except Exception:  # not there, or cut off, which raises many kinds
+        print("annotation: made now" + f", since {path} cannot be read" * path.exists())
+    tool = load_tiny(folder, device) if cfg.annotator == "tiny" else load_clip(cfg, device)
+    model, preprocess, tokenizer = tool
     probs = [annotate(model, tokenizer, load_images(pairs, preprocess, "annotate"),
                       class_names, templates, device) for pairs in datasets]
     arrays = {name: p.numpy() for name, p in zip(names, probs)}
@@ -414,40 +416,37 @@ def cutout(images, low, high):
     return images.masked_fill((rows[:, :, None] & columns[:, None])[:, None], 0.5)
 
 class Views:
-    """uint8 batches [B,C,S,S] -> normalised float views of one of the kinds that Config.views names.
-    DIFFERS: mean and deviation of each channel are measured on the training images, not typed in."""
+    """uint8 batches [B,C,S,S] -> normalised float views of a kind that Config.views names.
+    DIFFERS: the mean and deviation of a channel are measured on the training images."""
     def __init__(self, kind, images):
         some = images[::max(1, len(images) // 10_000)].float() / 255  # 10,000 images tell enough
         self.mean = some.mean((0, 2, 3)).view(1, -1, 1, 1)
         self.std = some.std((0, 2, 3)).clamp_min(1 / 255).view(1, -1, 1, 1)  # safe: a single colour
         self.kind, self.side = kind, images.shape[-1]
 
-    def normalise(self, images):
-        return (images - self.mean) / self.std
-
     def plain(self, images):
-        return self.normalise(images.float() / 255)
+        images = images / 255 if images.dtype == torch.uint8 else images
+        return (images - self.mean) / self.std
 
     def moved(self, images):
         if self.kind == "digit":
-            return random_affine(images.float() / 255, 0, 0, 1 / 16)
-        mirror = self.kind != "sign"  # a mirrored sign is another one
-        return random_crop(images, round(self.side / 8), mirror).float() / 255
+            return random_affine(images.float() / 255, turn=0, scale=0, shift=1 / 16)
+        return random_crop(images, round(self.side / 8), flip=self.kind != "sign").float() / 255
 
     def weak(self, images):
-        return self.normalise(self.moved(images))
+        return self.plain(self.moved(images))
 
     def strong(self, images):
         if self.kind == "digit":
-            images = random_affine(images.float() / 255, 20, 0.15, 0.1)
-            return self.normalise(cutout(images, 0, self.side / 3))
+            images = random_affine(images.float() / 255, turn=20, scale=0.15, shift=0.1)
+            return self.plain(cutout(images, 0, self.side / 3))
         if self.kind == "grey":
-            return self.normalise(cutout(self.moved(images), 16, 16))
-        return self.normalise(cutout(random_operation(self.moved(images)), 0, self.side / 2))
+            return self.plain(cutout(self.moved(images), 16, 16))
+        return self.plain(cutout(random_operation(self.moved(images)), 0, self.side / 2))
 
 # (4) Both networks -------------------------------------------------------------------------------
-# Two pre-activation ResNet-18 (paper, section 4.1) that differ only in their random start. Each has a
-# linear classifier and an MLP head whose unit-norm output z serves the representation losses, a
+# Two pre-activation ResNet-18 (paper, section 4.1) that differ only in their random start. Each has
+# a linear classifier and an MLP head whose unit-norm output z serves the representation losses, a
 # momentum copy (MoCo's key encoder) and a queue of past keys (section 9).
 
 class PreActBlock(nn.Module):
@@ -487,13 +486,14 @@ class Learner:
     """One of the two networks, with all the state that belongs to it."""
     def __init__(self, net, cfg):
         self.net, self.key_net = net, copy.deepcopy(net).requires_grad_(False)
-        self.queue = MomentumQueue(cfg.queue_size, cfg.embedding_dim)
+        device = next(net.parameters()).device
+        self.queue = MomentumQueue(cfg.queue_size, cfg.embedding_dim).to(device)
         self.losses = []  # of the last splits, [N] each: input of the mixture model (section 6)
         self.optimizer = torch.optim.SGD(  # momentum and weight decay: paper, section 4.1
             net.parameters(), cfg.lr, momentum=0.9, weight_decay=5e-4)
 
     def step(self, terms):
-        """One optimizer step on the sum of the loss terms {name: scalar}; returns them, detached."""
+        """One optimizer step on the sum of the terms {name: scalar}; returns them, detached."""
         self.optimizer.zero_grad()
         sum(terms.values()).backward()
         self.optimizer.step()
@@ -517,7 +517,7 @@ def negative_entropy(logits):
     return (log_probs.exp() * log_probs).sum(1).mean()
 
 def batches(rows, batch_size):
-    """rows [n] in random batches; a last row left alone joins its neighbours: BatchNorm needs two."""
+    """rows [n] in random batches; a row left alone joins the last one: BatchNorm needs two."""
     parts = list(rows[torch.randperm(len(rows))].split(batch_size))
     if len(parts) > 1 and len(parts[-1]) == 1:
         parts[-2:] = [torch.cat(parts[-2:])]
@@ -536,7 +536,7 @@ def warm_up_epoch(own, images, candidates, views, cfg):
                         "entropy": negative_entropy(logits)})
 
 # (6) GMM split -----------------------------------------------------------------------------------
-# At the start of each later epoch every network judges all candidate sets: a set that holds the true
+# At the start of each later epoch every network judges all candidate sets: one that holds the true
 # label is learnt early, so its loss l_i = -log max_{k in S_i} p_ik is small. A mixture of two
 # Gaussians over l gives w_i, the probability that set i is clean (paper, section 3.3).
 
@@ -546,13 +546,13 @@ def align_distribution(probs, mean_probs, prior):
     return F.normalize(probs * prior / mean_probs.clamp_min(1e-8), p=1, dim=1)  # 1e-8: unseen class
 
 def max_candidate_loss(probs, candidates):
-    """-log max_{k in S_i} p_ik [B], finite also where p underflows; probs, bool candidates [B,K]."""
+    """-log max_{k in S_i} p_ik [B], finite also where p underflows; probs, candidates [B,K]."""
     return -(probs * candidates).amax(1).clamp_min(torch.finfo(probs.dtype).tiny).log()
 
 def clean_probability(loss_history, window=5, seed=0):
     """Raw losses [E,N], newest last -> probability [N] that a sample is of the low-loss group.
     Each epoch is scaled to 0..1, the last `window` are averaged, a two-component mixture is fitted.
-    All zeros where none can be fitted (constant losses, one sample); an infinite loss is the worst."""
+    All zeros where none can be fitted (constant losses, one sample); an infinite loss is worst."""
     losses = loss_history[-window:].float()
     worst = losses.masked_fill(~losses.isfinite(), -math.inf).amax(1, keepdim=True)
     losses = torch.where(losses.isfinite(), losses, worst)
@@ -572,7 +572,7 @@ def split_data(learner, images, views, candidates, prior, cfg):
     """One pass over weak views in eval mode, then the mixture -> (probs [N,K], clean_prob [N]).
     DIFFERS: predictions are aligned with the mean of this very pass; the published code uses a
     table that is half of the last epoch's. And where less than a batch is clean (less than a tenth,
-    if the data are few), the tenth with the lowest losses is; the published code crashes on none."""
+    if the data are few), the tenth with the lowest losses is; the published code crashes."""
     learner.net.eval()
     probs = torch.cat([learner.net(views.weak(batch))[0].softmax(1)
                        for batch in images.split(EVAL_BATCH)])  # [N,K]
@@ -582,13 +582,13 @@ def split_data(learner, images, views, candidates, prior, cfg):
     clean_prob = clean_probability(torch.stack(learner.losses), seed=cfg.seed)
     count, tenth = int((clean_prob > 0.5).sum()), max(2, math.ceil(len(losses) / 10))
     if count < min(cfg.batch_size, tenth):
-        print(f"split: {count} clean samples are too few, so the {tenth} with the lowest loss count")
+        print(f"split: {count} clean samples are too few: the {tenth} of lowest loss count")
         lowest = losses.topk(tenth, largest=False).indices
         clean_prob = torch.zeros_like(losses).index_fill_(0, lowest, 1)
     return probs, clean_prob
 
 # (7) Co-pseudo-labeling, with sharpening and mixup -----------------------------------------------
-# A clean sample keeps its candidate set: its target is the partner's prediction within S_i, weighted
+# A clean sample keeps its candidate set: its target is the partner's prediction in S_i, weighted
 # w, plus the own prediction, weighted 1-w. An unlabeled sample takes the mean of both networks. The
 # network then learns from mixtures of strong views (paper, section 3.3; MixMatch, DivideMix).
 
@@ -623,7 +623,7 @@ def squared_error(probs, targets):
     return ((probs - targets) ** 2).sum() / max(1, probs.numel())
 
 def self_training_loss(logits_x, targets_x, logits_u, targets_u, weight_u):
-    """Cross-entropy of clean rows + weight_u * squared error of unlabeled rows (0 if there are none).
+    """Cross-entropy of clean rows + weight_u * squared error of unlabeled rows (0 if none).
     All [B,K] -> scalar; the logits get the gradient."""
     error_u = squared_error(logits_u.softmax(1), targets_u)
     return F.cross_entropy(logits_x, targets_x) + weight_u * error_u
@@ -636,30 +636,32 @@ def self_training_loss(logits_x, targets_x, logits_u, targets_u, weight_u):
 def update_prototypes(prototypes, embeddings, classes, momentum):
     """c_k <- m c_k + (1-m) z for one sample after the other, then unit rows; returns new [K,D].
     prototypes [K,D], embeddings [B,D], classes int [B]. In closed form, with n samples of class k:
-    c_k <- m^n c_k + (1-m) sum_j m^(number of later samples of k) z_j. A zero row without hit stays."""
+    c_k <- m^n c_k + (1-m) sum_j m^(number of later samples) z_j. A zero row stays if not hit."""
     hits = F.one_hot(classes, len(prototypes)).to(embeddings.dtype)  # [B,K]
     later = hits.flip(0).cumsum(0).flip(0) - hits  # [B,K]: samples of the class that follow
     weights = hits * (1 - momentum) * momentum ** later  # [B,K]
-    return F.normalize(momentum ** hits.sum(0)[:, None] * prototypes + weights.T @ embeddings, dim=1)
+    kept = momentum ** hits.sum(0)[:, None] * prototypes
+    return F.normalize(kept + weights.T @ embeddings, dim=1)
 
 def prototype_loss(similarity_x, targets_a_x, targets_b_x, similarity_u, targets_a_u, targets_b_u,
                    lam, temperature, weight_u=1.0):
     """lam KL(a || q) + (1-lam) KL(b || q) on clean rows + weight_u * the like of squared errors.
-    q = softmax(similarity / temperature), similarity [B,K] = z . c gets the gradient; a, b [B,K] are
-    the targets of the images that mixup joined. KL is a mean over rows, the error over entries."""
-    log_q, q_u = (similarity_x / temperature).log_softmax(1), (similarity_u / temperature).softmax(1)
+    q = softmax(similarity / temperature), similarity [B,K] = z . c gets the gradient; a, b [B,K]
+    are the targets of the images that mixup joined. KL: mean over rows; error: over entries."""
+    log_q = (similarity_x / temperature).log_softmax(1)
+    q_u = (similarity_u / temperature).softmax(1)
     return sum(share * (F.kl_div(log_q, target_x, reduction="batchmean")
                         + weight_u * squared_error(q_u, target_u)) for share, target_x, target_u in
                ((lam, targets_a_x, targets_a_u), (1 - lam, targets_b_x, targets_b_u)))
 
 # (9) MoCo queue and the noisy supervised contrastive loss ----------------------------------------
-# An anchor (query) is pulled to images of its pseudo-class, but only where both are clean, and always
-# to its own key (the key encoder's view of the same image). Same class but not surely so: such a pair
-# is neither positive nor negative (paper, section 3.4). Past keys wait in a queue.
+# An anchor (query) is pulled to images of its pseudo-class, if both are clean, and always to its
+# own key (the key encoder's view of the same image). Same class but not surely so: such a pair is
+# neither positive nor negative (paper, section 3.4). Past keys wait in a queue.
 
 class MomentumQueue(nn.Module):
     """Ring buffer of the last `size` keys [Q,D] with their classes [Q] and clean flags [Q].
-    DIFFERS: it starts empty and grows; the published one starts with random keys, classes, flags."""
+    DIFFERS: it starts empty and grows; the published one starts full of random numbers."""
     def __init__(self, size, dim):
         super().__init__()
         self.size, self.pushed = size, 0
@@ -676,7 +678,7 @@ class MomentumQueue(nn.Module):
         self.pushed += len(slots)
 
 def contrastive_masks(classes, clean, num_anchors):
-    """classes int [M], clean bool [M] of [anchors, their keys, queue] -> (positives, ignored) [A,M].
+    """classes int, clean bool [M] of [anchors, their keys, queue] -> (positives, ignored) [A,M].
     positives: same class and both clean, and the own key, at column i + A (an anchor itself too:
     supcon_loss removes it). ignored: same class but not both clean, except the own key."""
     same = classes[:num_anchors, None] == classes  # [A,M]
@@ -703,18 +705,19 @@ def co_training_terms(own, partner_net, prototypes, views_x, views_u, candidates
                       partner_probs, lam, permutation, weight_u, representation, cfg):
     """One batch of co-training of network `own` -> ({name: loss term}, new prototypes).
     views_x, views_u: four views (w1, w2, s1, s2), [B,C,S,S] each; views_u may be empty. candidates
-    bool [B,K], clean_prob [B], partner_probs [B,K]: of the clean rows. lam, permutation [2B_x+2B_u]:
-    mixup. representation: are the terms of sections 8 and 9 on? All is in the published order."""
+    bool [B,K], clean_prob [B], partner_probs [B,K]: of the clean rows. lam, permutation
+    [2B_x+2B_u]: mixup. representation: are sections 8 and 9 on? All in the published order."""
     (x_w1, x_w2, x_s1, x_s2), (u_w1, u_w2, u_s1, u_s2) = views_x, views_u
-    num_x, targets_u = len(x_w1), partner_probs[:0]
-    with torch.no_grad():  # DIFFERS: two weak views share a forward pass, so its batch statistics
-        if len(u_w1):  # the own network labels in train mode, as published
-            u_w = torch.cat([u_w1, u_w2])
-            probs_u = torch.cat([own.net(u_w)[0], partner_net(u_w)[0]]).softmax(1)  # [4B,K]
-            targets_u = guess_labels(probs_u.view(4, len(u_w1), -1), cfg.temperature)
-        logits_w, embeddings_w = own.net(torch.cat([x_w1, x_w2]))
-        own_probs = logits_w.softmax(1).view(2, num_x, -1).mean(0)
-        targets_x = refine_labels(own_probs, partner_probs, candidates, clean_prob, cfg.temperature)
+    num_x, num_u = len(x_w1), len(u_w1)
+    with torch.no_grad():  # the own network labels in train mode, as published
+        # DIFFERS: all weak views share one forward pass of it, so also their batch statistics.
+        logits_w, embeddings_w = own.net(torch.cat([x_w1, x_w2, u_w1, u_w2]))
+        probs_x, probs_u = logits_w.softmax(1).split([2 * num_x, 2 * num_u])
+        targets_x = refine_labels(probs_x.view(2, num_x, -1).mean(0), partner_probs, candidates,
+                                  clean_prob, cfg.temperature)
+        if num_u:
+            probs_u = torch.cat([probs_u, partner_net(torch.cat([u_w1, u_w2]))[0].softmax(1)])
+        targets_u = guess_labels(probs_u.view(4, num_u, len(targets_x[0])), cfg.temperature)
     targets = torch.cat([targets_x, targets_x, targets_u, targets_u])
     inputs, mixed = mixup(torch.cat([x_s1, x_s2, u_s1, u_s2]), targets, lam, permutation)
     logits, embeddings = own.net(inputs)
@@ -723,7 +726,8 @@ def co_training_terms(own, partner_net, prototypes, views_x, views_u, candidates
     if not representation:  # DIFFERS: the published code computes the rest, then drops it
         return terms, prototypes
 
-    prototypes = update_prototypes(prototypes, embeddings_w[:num_x], targets_x.argmax(1), cfg.momentum)
+    prototypes = update_prototypes(
+        prototypes, embeddings_w[:num_x], targets_x.argmax(1), cfg.momentum)
     similarity, other = embeddings @ prototypes.T, targets[permutation]
     terms["prototype"] = cfg.proto_weight * prototype_loss(
         similarity[x], targets[x], other[x], similarity[u], targets[u], other[u],
@@ -794,7 +798,7 @@ def setting(default, help, low=None, high=math.inf, choices=None):
 
 @dataclasses.dataclass
 class Config:
-    """All settings, checked. Defaults: the paper's CIFAR-10 run; DATASETS has those of the others."""
+    """All settings, checked. The defaults are the paper's CIFAR-10 run; see DATASETS."""
     dataset: str = setting("digits", "data set", choices=list(DATASETS))
     data_dir: str = setting("data", "folder of data sets and cached annotations")
     num_samples: int = setting(0, "train on a random subset of so many images; 0: on all", 0)
@@ -806,9 +810,9 @@ class Config:
                              "a study", choices=["clip", "tiny", "flip"])
     clip_model: str = setting("ViT-B-32-quickgelu", "any model of open_clip")
     clip_pretrained: str = setting("openai", "open_clip's tag of its weights, or a local file")
-    templates: str = setting("small", "27 of them; imagenet: 80; digits: 12", choices=list(TEMPLATES))
+    templates: str = setting("small", "27; imagenet: 80; digits: 12", choices=list(TEMPLATES))
     num_templates: int = setting(0, "use only the first so many templates; 0: all", 0)
-    candidates: str = setting("multi_prompt", "rule for the sets; soft: no sets, plain distillation",
+    candidates: str = setting("multi_prompt", "rule for the sets; soft: none, plain distillation",
                               choices=["multi_prompt", "argmax", "top_k", "ratio", "soft"])
     top_k: int = setting(5, "labels in a set, for top_k and ratio", 1)
     ratio: float = setting(0.5, "for ratio: least probability, as a share of the largest", 0, 1)
@@ -819,7 +823,7 @@ class Config:
     start_contrastive: int = setting(10, "epochs from there to the representation terms", 0)
     batch_size: int = setting(256, "clean images in a batch", 2)
     lr: float = setting(0.01, "learning rate of SGD", 1e-12)
-    lr_period: int = setting(800, "epochs from lr to lr/1000; the paper's 100-epoch runs keep 800", 1)
+    lr_period: int = setting(800, "epochs from lr to lr/1000; the paper always has 800", 1)
     width: int = setting(64, "channels of the first stage of the ResNet-18", 1)
     embedding_dim: int = setting(128, "size D of the embeddings", 1)
     prior: str = setting("uniform", "class shares to align with; clip: those that CLIP predicts",
@@ -832,22 +836,22 @@ class Config:
     queue_size: int = setting(8192, "keys Q in each queue", 1)
     seed: int = setting(0, "of networks, order and views", 0, 2 ** 32 - 1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
-    output_dir: str = setting("", "folder of the run; empty: runs/<dataset>, or <dataset>-2, -3, ...")
+    output_dir: str = setting("", "folder of the run; empty: runs/<dataset>, then -2, -3, ...")
     overwrite: bool = setting(False, "replace the run that --output-dir holds")
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            if low is not None and not (low <= value <= high and value < math.inf):  # nor nan
-                limits = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
-                raise CoregError(f"{flag(f.name)}: expected {limits}, got {value}")
+            if low is not None and not low <= value <= min(high, sys.float_info.max):  # nor nan
+                raise CoregError(f"{flag(f.name)}: expected {low:g} to {high:g}, got {value}")
         if self.warm_up >= self.epochs:
-            raise CoregError(f"--warm-up: expected below --epochs {self.epochs}, got {self.warm_up}")
+            raise CoregError(f"--warm-up: expected below --epochs {self.epochs}, got "
+                             f"{self.warm_up}; set both")
         if self.annotator == "tiny" and (self.dataset, self.templates) != ("digits", "digits"):
-            raise CoregError("--annotator tiny: expected --dataset digits and --templates digits, got "
+            raise CoregError("--annotator tiny: expected --dataset digits, --templates digits, got "
                              f"{self.dataset} and {self.templates}; try --annotator clip")
         if self.annotator == "flip" and (self.candidates == "soft" or self.prior == "clip"):
-            raise CoregError("--annotator flip: expected neither --candidates soft nor --prior clip")
+            raise CoregError("--annotator flip: has no --candidates soft and no --prior clip")
 
 def flag(name):
     return "--" + name.replace("_", "-")
@@ -859,7 +863,7 @@ def parse(argv):
     def fail(message): raise CoregError(f"{message}; see python coreg.py --help")
     parser = argparse.ArgumentParser(
         "coreg.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
-        description="Unlabeled images + CLIP -> a small classifier. Defaults: of the --dataset given.")
+        description="Unlabeled images + CLIP -> a small classifier. Defaults: of that --dataset.")
     parser.error = fail
     for f in dataclasses.fields(Config):
         if f.name in STAGES:
@@ -880,11 +884,12 @@ def parse(argv):
 
 def pick_device(name):
     """--device -> torch.device; auto: cuda, else mps, else cpu."""
-    have = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    have = [kind for kind, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps))
+            if backend.is_available()] + ["cpu"]
     try:
         return torch.zeros(1, device=have[0] if name == "auto" else name).device
     except Exception as error:  # each backend raises its own kind
-        raise CoregError(f"--device: expected auto or one of {have} on this machine, got {name}") from error
+        raise CoregError(f"--device: expected auto or one of {have} here, got {name}") from error
 
 def choose_folder(cfg):
     """The folder of the run, not yet created."""
@@ -901,8 +906,8 @@ def cosine_lr(epoch, lr, period):
     return low + (lr - low) * (1 + math.cos(math.pi * min(epoch, period) / period)) / 2
 
 def co_training_epoch(own, partner, split, prototypes, images, candidates, views, cfg, epoch):
-    """The clean samples of the partner's split once, each batch beside an unlabeled one; these start
-    again when they are used up. Yields each step's loss terms; updates `prototypes` in place."""
+    """The clean samples of the partner's split once, each batch beside an unlabeled one; those
+    start again when they are used up. Yields each step's terms; updates `prototypes` in place."""
     # As published, the key encoder starts every epoch as a copy. DIFFERS: BatchNorm buffers too.
     own.key_net.load_state_dict(own.net.state_dict())
     own.net.train(), own.key_net.train(), partner.net.eval()
@@ -912,7 +917,7 @@ def co_training_epoch(own, partner, split, prototypes, images, candidates, views
     for step, rows_x in enumerate(batches_x):
         batches_u = batches_u or batches(unlabeled.nonzero()[:, 0], cfg.batch_size)
         rows_x, rows_u = rows_x.to(images.device), batches_u.pop().to(images.device)
-        four = images[torch.cat([rows_x, rows_x, rows_u, rows_u])]  # two views of each, of both kinds
+        four = images[torch.cat([rows_x, rows_x, rows_u, rows_u])]  # each twice
         sizes = [len(rows_x)] * 2 + [len(rows_u)] * 2
         x_w1, x_w2, u_w1, u_w2 = views.weak(four).split(sizes)
         x_s1, x_s2, u_s1, u_s2 = views.strong(four).split(sizes)
@@ -921,8 +926,8 @@ def co_training_epoch(own, partner, split, prototypes, images, candidates, views
         weight_u = cfg.lambda_u * ramp_up(epoch + step / len(batches_x), cfg.warm_up)
         terms, updated = co_training_terms(
             own, partner.net, prototypes, (x_w1, x_w2, x_s1, x_s2), (u_w1, u_w2, u_s1, u_s2),
-            candidates[rows_x], clean_prob[rows_x], probs[rows_x], max(lam, 1 - lam), permutation, weight_u,
-            epoch > cfg.warm_up + cfg.start_contrastive, cfg)  # ">" as published: one epoch later
+            candidates[rows_x], clean_prob[rows_x], probs[rows_x], max(lam, 1 - lam), permutation,
+            weight_u, epoch > cfg.warm_up + cfg.start_contrastive, cfg)  # ">": as published
         prototypes.copy_(updated)
         yield own.step(terms)
 
@@ -933,10 +938,10 @@ COLUMNS = ["epoch", "phase", "lr", "loss", *TERMS, "clean", "test_acc_net1", "te
 def mean_terms(steps, epoch):
     """Means of the loss terms over an epoch's steps: the one moment that waits for the device."""
     steps = list(tqdm(steps, desc=f"epoch {epoch + 1}", unit="step", disable=None, leave=False))
-    table = torch.stack([torch.stack(list(terms.values())) for terms in steps]).cpu()  # [steps, terms]
+    table = torch.stack([torch.stack([*terms.values()]) for terms in steps]).cpu()  # [steps, terms]
     for step, term in (~table.isfinite()).nonzero().tolist()[:1]:
-        raise NotFinite(f"training stopped: loss term {list(steps[0])[term]!r} is not finite in epoch "
-                        f"{epoch + 1}, step {step + 1}; a smaller --lr may help")
+        raise CoregError(f"stopped: the loss term {list(steps[0])[term]!r} is not finite in epoch "
+                         f"{epoch + 1}, step {step + 1}; a smaller --lr may help", 1)
     return dict(zip(steps[0], table.mean(0).tolist()))
 
 def train(cfg, images, candidates, prior, figures, folder):
@@ -972,7 +977,8 @@ def train(cfg, images, candidates, prior, figures, folder):
         with open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(records[-1]) + "\n")
         cells = [records[-1].get(name, "-") for name in COLUMNS]
-        print(" ".join(f"{c:8.4f}" if isinstance(c, float) else f"{c:>8}" for c in cells), flush=True)
+        cells = (f"{c:8.4f}" if isinstance(c, float) else f"{c:>8}" for c in cells)
+        print(*cells, flush=True)
     return learners, views, records
 
 def run(cfg):
@@ -982,9 +988,10 @@ def run(cfg):
     to_tensor = partial(to_square, size=cfg.image_size, channels=cfg.channels)
     try:
         (images, labels), (test_images, test_labels) = (
-            map(torch.cat, zip(*load_images(pairs, to_tensor, "read"))) for pairs in (train_set, test_set))
+            map(torch.cat, zip(*load_images(pairs, to_tensor, "read")))
+            for pairs in (train_set, test_set))
     except (OSError, RuntimeError) as error:
-        raise CoregError(f"--data-dir: an image of {cfg.dataset} below {cfg.data_dir!r} cannot be read "
+        raise CoregError(f"--data-dir: an image below {cfg.data_dir!r} cannot be read "
                          f"({str(error).splitlines()[-1]}); repair or remove it") from error
     labels, test_labels = (None if (y < 0).any() else y for y in (labels, test_labels))
     templates = TEMPLATES[cfg.templates]
@@ -992,17 +999,18 @@ def run(cfg):
         import open_clip
         templates = [fill("{}") for fill in open_clip.OPENAI_IMAGENET_TEMPLATES]
     if cfg.num_templates > len(templates):
-        raise CoregError(f"--num-templates: expected up to {len(templates)}, got {cfg.num_templates}")
+        raise CoregError(f"--num-templates: expected to {len(templates)}, got {cfg.num_templates}")
     print(f"{cfg.dataset}: {len(images)} training and {len(test_images)} test images, "
           f"{len(class_names)} classes, on {device}; results go to {folder}")
     prior = torch.full((len(class_names),), 1 / len(class_names))
     if cfg.annotator == "flip":
-        print("annotation: synthetic sets from the TRUE labels; this studies noise, it is no result")
+        print("annotation: synthetic sets from the TRUE labels: a study of noise, not a result")
         candidates = flip_candidates(labels, len(class_names), cfg.partial_rate, cfg.noise_rate,
                                      torch.Generator().manual_seed(cfg.seed))
     else:
-        probs, test_probs = cached_annotation(cfg, [train_set, test_set], [images, test_images],
-                                              class_names, templates[:cfg.num_templates or None], device)
+        probs, test_probs = cached_annotation(
+            cfg, [train_set, test_set], [images, test_images], class_names,
+            templates[:cfg.num_templates or None], device)
         mean = probs.mean(0, dtype=torch.float32)  # [N,K]
         prior = mean.mean(0) if cfg.prior == "clip" else prior
         candidates = (mean if cfg.candidates == "soft" else
@@ -1018,8 +1026,8 @@ def run(cfg):
         json.dumps(dataclasses.asdict(cfg), indent=1).encode()))
     (folder / "metrics.jsonl").unlink(missing_ok=True)
     figures = partial(evaluate, labels, test_labels, test_images.to(device), candidates)
-    learners, views, records = train(cfg, images.to(device), candidates.to(device), prior.to(device),
-                                     figures, folder)
+    learners, views, records = train(
+        cfg, images.to(device), candidates.to(device), prior.to(device), figures, folder)
     write_atomically(folder / "model.pt", partial(torch.save, dict(
         networks=[{name: v.cpu() for name, v in own.net.state_dict().items()} for own in learners],
         class_names=class_names, mean=views.mean.cpu(), std=views.std.cpu(), channels=cfg.channels,
@@ -1028,21 +1036,22 @@ def run(cfg):
         table["test accuracy % after warm-up"] = records[cfg.warm_up - 1].get("test_acc")
     for name, key in {"network 1": "_net1", "network 2": "_net2", "both": ""}.items():
         table[f"test accuracy % at the end, {name}"] = records[-1].get("test_acc" + key)
-    print(*(f"{name:40} {value:6.2f}" for name, value in table.items() if value is not None), sep="\n")
+    for name, value in table.items():
+        if value is not None:
+            print(f"{name:40} {value:6.2f}")
     print(f"(*: needs labels that training never sees)  The classifier: {folder / 'model.pt'}")
 
 def main(argv=None):
-    """Run the command line -> exit code: 0, 1 (training failed), 2 (bad input), 130 (interrupted)."""
+    """Run the command line -> exit code: 0, 1 (not finite), 2 (bad input), 130 (interrupted)."""
     try:
-        run(parse(argv))
-        return 0
+        return run(parse(argv)) or 0
     except CoregError as error:
-        code, message = error.code, str(error)
-    except OSError as error:  # reading data has its own message: this is writing
-        code, message = 2, f"cannot write {error.filename} ({error.strerror}); make room, or name " \
-                           "another --output-dir or --data-dir"
+        message, code = (*error.args, 2)[:2]
+    except OSError as error:  # reading has its own messages: this is writing
+        message, code = (f"cannot write {error.filename} ({error.strerror}); make room, or name "
+                         "another --output-dir or --data-dir"), 2
     except KeyboardInterrupt:
-        code, message = 130, "interrupted"
+        message, code = "interrupted", 130
     print("coreg.py:", " ".join(message.split()), file=sys.stderr)
     return code
 
