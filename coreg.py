@@ -11,7 +11,8 @@ from these noisy partial labels: each sorts the sets for the other and refines i
 
 Contents: grep -n "^# (" coreg.py. Measured results, each with its command: README.md.
 """
-import argparse, copy, dataclasses, difflib, hashlib, json, logging, math, os, sys, time, warnings
+import argparse, contextlib, copy, csv, dataclasses, difflib, hashlib, io, json, logging, math, os
+import signal, sys, time, warnings
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision.datasets as tv
 import torchvision.transforms.v2.functional as TF
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.mixture import GaussianMixture
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -68,18 +69,68 @@ SIGNS = phrases("""Speed limit 20; Speed limit 30; Speed limit 50; Speed limit 6
     right; Go straight or left; Keep right; Keep left; Roundabout; End of no passing; End of no
     passing for trucks""")
 
-def read_digits(root, split):
+def read_digits(cfg, split):
     """scikit-learn's 1,797 handwritten digits, 8x8 pixels with grey values 0..16: no download."""
     data = load_digits()
     images = (data.images * (255 / 16)).round().astype(np.uint8)
     return list(zip(map(Image.fromarray, images), data.target.tolist()))
 
+def open_image(path):
+    """A file in any mode -> PIL image, RGB, upright; 16 bits become 8, transparent is white."""
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+class Files:
+    """Image files as a sequence of pairs (PIL image, label or None), and the class names."""
+    def __init__(self, paths, labels, classes):
+        self.paths, self.labels, self.classes = paths, labels, classes
+    def __len__(self): return len(self.paths)
+    def __getitem__(self, i): return open_image(self.paths[i]), self.labels[i]
+
+def find_images(folder):
+    kinds = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in kinds)
+
+def read_folder(cfg, split):
+    """The user's images: train: all below <data-dir>/train/, or below <data-dir> where there is no
+    train/; test: <data-dir>/test/<class>/. Folder names of train/ are labels for `flip` alone."""
+    root, inside = Path(cfg.data_dir), Path(cfg.data_dir) / "train"
+    folder = root / "test" if split == "test" else inside if inside.is_dir() else root
+    owners = {path: path.relative_to(folder).parts[0] for path in find_images(folder)
+              if split == "train" or path.parent != folder}
+    owners = {path: owner for path, owner in owners.items() if (folder, owner) != (root, "test")}
+    lines = Path(cfg.classes).read_text().splitlines() if Path(cfg.classes).is_file() else (
+        cfg.classes.split(",") if cfg.classes else
+        sorted(path.name for path in inside.glob("*/")))
+    classes = [line.strip().replace("_", " ") for line in lines if line.strip()]
+    if len(set(classes)) < max(2, len(classes)):
+        raise CoregError("--classes: expected two or more different names, \"cat,dog\", or a file "
+                         f"with one per line, or folders train/<class>/; got {classes}")
+    labels = [None] * len(owners)
+    if split == "test" or cfg.needs_labels:
+        try:
+            labels = [classes.index(owner.replace("_", " ")) for owner in owners.values()]
+        except ValueError as error:
+            raise CoregError(f"folders below {folder} are labels here: expected names out of "
+                             f"{classes}, got another ({error})") from error
+    return Files(list(owners), labels, classes)
+
 class Row(NamedTuple):
-    read: callable            # read(root, "train" or "test") -> pairs (PIL image, label)
-    files: str                # what torchvision expects below --data-dir
+    read: callable            # read(cfg, "train" or "test") -> pairs (PIL image, label)
+    files: str                # what is expected below --data-dir
     class_names: list = None  # as the prompts say them; None: the dataset's own
     holdout: bool = False     # there is no test part: a seeded fifth is kept for it
     preset: dict = {}         # fields of Config that differ from their defaults
+
+def standard(reader):
+    """A torchvision class with train=True or False -> read(cfg, split)."""
+    return lambda cfg, split: reader(cfg.data_dir, split == "train", download=True)
 
 GREY = dict(channels=1, epochs=100, views="grey")
 DATASETS = {
@@ -87,58 +138,116 @@ DATASETS = {
         annotator="tiny", templates="digits", views="digit", image_size=8, channels=1, width=16,
         epochs=12, warm_up=4, start_contrastive=5, batch_size=32, lr=0.1, lr_period=12,
         momentum=0.99, queue_size=1024)),
-    "cifar10": Row(lambda root, split: tv.CIFAR10(root, split == "train", download=True),
-                   "cifar-10-batches-py/"),
-    "cifar100": Row(lambda root, split: tv.CIFAR100(root, split == "train", download=True),
-                    "cifar-100-python/", preset=dict(warm_up=100)),
-    "svhn": Row(lambda root, split: tv.SVHN(root, split, download=True), "*_32x32.mat",
+    "folder": Row(read_folder, "images (JPEG, PNG, WebP, BMP), in train/ if there is a test/<class>/",
+                  preset=dict(epochs=100)),
+    "cifar10": Row(standard(tv.CIFAR10), "cifar-10-batches-py/"),
+    "cifar100": Row(standard(tv.CIFAR100), "cifar-100-python/", preset=dict(warm_up=100)),
+    "svhn": Row(lambda cfg, split: tv.SVHN(cfg.data_dir, split, download=True), "*_32x32.mat",
                 [f"number {i}" for i in range(10)], preset=dict(views="sign")),
-    "fmnist": Row(lambda root, split: tv.FashionMNIST(root, split == "train", download=True),
-                  "FashionMNIST/raw/", preset=dict(GREY, image_size=28)),
-    "eurosat": Row(lambda root, split: tv.EuroSAT(root, download=True), "eurosat/2750/",
+    "fmnist": Row(standard(tv.FashionMNIST), "FashionMNIST/raw/", preset=dict(GREY, image_size=28)),
+    "eurosat": Row(lambda cfg, split: tv.EuroSAT(cfg.data_dir, download=True), "eurosat/2750/",
                    holdout=True, preset=dict(image_size=64, epochs=100)),
-    "fer2013": Row(lambda root, split: tv.FER2013(root), "fer2013/fer2013.csv, from kaggle.com's "
-                   "Challenges in Representation Learning: only you can download it",
+    "fer2013": Row(lambda cfg, split: tv.FER2013(cfg.data_dir), "fer2013/fer2013.csv, from "
+                   "kaggle.com's Challenges in Representation Learning: only you can download it",
                    [f"{face} Facial Expression" for face in phrases("Angry; Disgust; Fear; Happy; "
                     "Sad; Surprise; Neutral")], True, dict(GREY, image_size=64)),
-    "gtsrb": Row(lambda root, split: tv.GTSRB(root, split, download=True), "gtsrb/GTSRB/",
+    "gtsrb": Row(lambda cfg, split: tv.GTSRB(cfg.data_dir, split, download=True), "gtsrb/GTSRB/",
                  [f"German Traffic Sign: {sign}" for sign in SIGNS],
                  preset=dict(image_size=64, epochs=100, views="sign"))}
 SPLIT_SEED = 0  # of every split and subset: all --seed see the same images and annotations
 
 def read_dataset(cfg):
-    """cfg -> (training pairs, test pairs, class names); pairs of (PIL image, label)."""
+    """cfg -> (training pairs, test pairs, class names); pairs of (PIL image, label or None)."""
     row = DATASETS[cfg.dataset]
     try:
-        train = row.read(cfg.data_dir, "train")
-        test = train if row.holdout else row.read(cfg.data_dir, "test")
+        train = row.read(cfg, "train")
+        test = train if row.holdout else row.read(cfg, "test")
+    except CoregError:
+        raise
     except Exception as error:  # torchvision and the net raise many kinds; the advice is the same
         raise CoregError(f"--data-dir: {cfg.dataset} can be neither read nor downloaded ({error}); "
                          f"expected below {cfg.data_dir!r}: {row.files}") from error
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(SPLIT_SEED)).tolist()
-    if row.holdout:
-        cut = round(0.8 * len(order))
-        order, test = order[:cut], Subset(train, order[cut:])
-    if not 2 <= (cfg.num_samples or len(order)) <= len(order):
-        raise CoregError(f"--num-samples: expected 2 to {len(order)}, got {cfg.num_samples}")
+    cut = round(0.8 * len(order)) if row.holdout else len(order)
+    test_rows = sorted(order[cut:]) if row.holdout else range(len(test))
+    if cut < 2:
+        raise CoregError(f"--data-dir: {cut} images below {cfg.data_dir!r}; expected {row.files}")
+    if not 2 <= (cfg.num_samples or cut) <= cut:
+        raise CoregError(f"--num-samples: expected 2 to {cut}, got {cfg.num_samples}")
     class_names = row.class_names or [name.replace("_", " ") for name in train.classes]
-    return Subset(train, order[:cfg.num_samples or None]), test, class_names
+    return (Subset(train, sorted(order[:cfg.num_samples or cut])), Subset(test, test_rows),
+            class_names)
 
 def to_square(image, size, channels):
     """PIL image -> uint8 [C,S,S]: shorter side to `size`, then the centre square."""
     image = TF.resize(image.convert("L" if channels == 1 else "RGB"), size)
     return TF.pil_to_tensor(TF.center_crop(image, size))
 
-def collate(transform, pairs):
-    images, labels = zip(*pairs)
-    return torch.stack([transform(image) for image in images]), torch.tensor(
-        [-1 if label is None else label for label in labels])
+def decode(pairs, transform, rows):
+    """Rows of pairs -> (images [B,...], labels [B], -1 where unknown, rows); unreadable ones go."""
+    images, labels, kept = [], [], []
+    for row in rows:
+        with contextlib.suppress(Exception):  # a broken file raises nearly any kind
+            image, label = pairs[row]
+            images.append(transform(image))
+            labels.append(-1 if label is None else label)
+            kept.append(row)
+    return torch.stack(images) if images else torch.empty(0), labels, kept
 
-def load_images(pairs, transform, task):
-    """Batches (images [B,C,S,S], labels [B], -1 where unknown) in order, with a progress bar."""
-    workers = min(8, os.cpu_count() or 1) if len(pairs) > 4096 else 0  # few images: faster without
-    return tqdm(DataLoader(pairs, 256, num_workers=workers, collate_fn=partial(collate, transform)),
+def load_batches(pairs, transform, task, num_workers):
+    """decode() over all pairs in order, in background processes where they are many."""
+    workers = num_workers if len(pairs) > 4096 else 0  # few images are faster without
+    return tqdm(DataLoader(range(len(pairs)), 256, num_workers=workers,
+                           collate_fn=partial(decode, pairs, transform)),
                 desc=task, disable=None, leave=False)
+
+def write_atomically(path, write):
+    """write(binary file) into a neighbour, then rename: `path` is never half-written."""
+    neighbour = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(neighbour, "wb") as file:
+            write(file)
+        os.replace(neighbour, path)
+    finally:
+        neighbour.unlink(missing_ok=True)
+
+def cache_path(cfg, name, key):
+    """A file in <data-dir>/annotations/ named after all that its content depends on."""
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+    return Path(cfg.data_dir) / "annotations" / f"{cfg.dataset}-{name.replace('.', f'-{digest}.')}"
+
+def read_images(pairs, cfg, task):
+    """Pairs -> (uint8 [N,C,S,S], labels int [N] or None, those pairs that can be read).
+    A folder's images are decoded once, into one array on disk that is mapped, not read, later."""
+    shape, names = (len(pairs), cfg.channels, cfg.image_size, cfg.image_size), range(len(pairs))
+    path, transform = None, partial(to_square, size=cfg.image_size, channels=cfg.channels)
+    if isinstance(pairs.dataset, Files):
+        names = [str(pairs.dataset.paths[i]) for i in pairs.indices]
+        stamps = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in names]
+        path = cache_path(cfg, "images.npy", [shape, stamps])
+    try:
+        kept, labels = json.loads(path.with_suffix(".json").read_text())
+        array = np.load(path, mmap_mode="c")
+    except (AttributeError, OSError, ValueError):  # no path, no file, or one that is cut off
+        array, kept, labels = np.empty(shape, np.uint8), [], []
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+        for images, some, rows in load_batches(pairs, transform, task, cfg.num_workers):
+            array[len(kept):len(kept) + len(rows)] = images
+            kept, labels = kept + rows, labels + some
+        if path:  # the neighbour comes last: it says that the array is complete
+            array.flush()
+            write_atomically(path.with_suffix(".json"),
+                             lambda file: file.write(json.dumps([kept, labels]).encode()))
+    broken = sorted(set(range(len(pairs))) - set(kept))
+    if broken:
+        print(f"skipped: {len(broken)} of {len(pairs)} images cannot be read, such as",
+              ", ".join(str(names[row]) for row in broken[:5]))
+    labels = torch.tensor(labels)
+    return (torch.from_numpy(array[:len(kept)]), None if -1 in labels or not kept else labels,
+            Subset(pairs, kept))
 
 # (2) CLIP annotation -> candidate label sets -----------------------------------------------------
 # Template t and class k give the text feature u_tk, image i gives v_i; P[t,i,:] is the softmax
@@ -175,12 +284,45 @@ def annotate(model, tokenizer, batches, class_names, templates, device):
     """Class probabilities float16 [T,N,K] of every template, for batches of preprocessed images."""
     prompts = [tokenizer([t.format(name) for name in class_names]).to(device) for t in templates]
     texts = torch.stack([model.encode_text(p, normalize=True) for p in prompts])  # [T,K,D]
-    probs = []
-    for images, _ in batches:
+    probs = [torch.empty(len(templates), 0, len(class_names), dtype=torch.half)]
+    for images, *_ in batches:
         features = model.encode_image(images.to(device), normalize=True)  # [B,D]
         logits = model.logit_scale.exp() * torch.einsum("bd,tkd->tbk", features, texts)
         probs.append(logits.float().softmax(2).half().cpu())
     return torch.cat(probs, 1)
+
+def read_annotations(path, num_images, num_classes, cfg):
+    """Anybody's annotations -> (candidate sets bool [N,K], mean label shares [N,K]). The .npz holds
+    `candidates` bool [N,K], or `probs` [T,N,K], or `votes` int [T,N], -1: abstained."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            name = next(name for name in ("candidates", "probs", "votes") if name in file)
+            array = torch.from_numpy(file[name])
+    except StopIteration:
+        raise CoregError(f"--annotations {path}: expected an array `candidates`, `probs` or `votes`")
+    except Exception as error:  # no file, no .npz, cut off: each raises its own kind
+        raise CoregError(f"--annotations {path}: expected an .npz file ({error})") from error
+    shape = {"candidates": (num_images, num_classes), "votes": (len(array), num_images),
+             "probs": (len(array), num_images, num_classes)}[name]
+    if array.shape != shape or not len(array):
+        raise CoregError(f"--annotations {path}: {name} has the shape {list(array.shape)}, expected "
+                         f"{list(shape)}, for {num_images} images and {num_classes} classes")
+    low, high = dict(votes=(-1, num_classes - 1)).get(name, (0, 1.001))
+    if (name == "votes" and array.is_floating_point()) or not (
+            (array >= low) & (array <= high)).all():
+        raise CoregError(f"--annotations {path}: {name} holds a value that is no number from "
+                         f"{low} to {high:.0f}")
+    if name == "votes":
+        shares = sum(F.one_hot(votes.long() + 1, num_classes + 1)[:, 1:] for votes in array)
+    else:
+        shares = array.float().mean(0) if name == "probs" else array
+    empty = ~shares.bool().any(1)  # [N]
+    if empty.any():
+        print(f"annotation: {int(empty.sum())} images have no label: all classes are candidates")
+    shares = F.normalize(shares.float() + empty[:, None], p=1, dim=1)  # [N,K]
+    if cfg.candidates not in ("multi_prompt", "soft"):
+        return candidate_sets(shares[None], cfg.candidates, cfg.top_k, cfg.ratio), shares
+    return (candidate_sets(array) | empty[:, None] if name == "probs" else shares > 0), shares
 
 def load_clip(cfg, device):
     """open_clip's model, its preprocessing of PIL images, and its tokenizer."""
@@ -299,26 +441,17 @@ def pretrain_tiny(model, tokens, lr=2e-3):
         optimizer.step()
         schedule.step()
 
-def write_atomically(path, write):
-    """write(binary file) into a neighbour, then rename: `path` is never half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.tmp", "wb") as file:
-        write(file)
-    os.replace(f"{path}.tmp", path)
-
 def cached_annotation(cfg, datasets, pixels, class_names, templates, device):
     """Probabilities float16 [T,N,K] of each dataset, from the cache or from the annotator.
     DIFFERS: the published cache knows only its folder, so an unseeded split could pair it with
     other images. This one is named after the pixels, weights, class names and templates."""
-    folder, weights = Path(cfg.data_dir) / "annotations", cfg.clip_pretrained
-    if Path(weights).is_file():
-        weights = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+    weights = Path(cfg.clip_pretrained)
+    weights = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else str(weights)
     tiny = ["tiny", TINY_STEPS, TINY_BATCH, TINY_SEED]
-    key = json.dumps([cfg.dataset, SPLIT_SEED, class_names, templates,
-                      tiny if cfg.annotator == "tiny" else [cfg.clip_model, weights],
-                      [hashlib.sha256(images.numpy()).hexdigest() for images in pixels]])
-    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-    path, names = folder / f"{cfg.dataset}-{cfg.annotator}-{digest}.npz", ["probs", "test_probs"]
+    path = cache_path(cfg, cfg.annotator + ".npz", [
+        SPLIT_SEED, class_names, templates, tiny if cfg.annotator == "tiny" else
+        [cfg.clip_model, weights], [hashlib.sha256(images.numpy()).hexdigest() for images in pixels]])
+    names = ["probs", "test_probs"]
     try:
         with np.load(path, allow_pickle=False) as file:
             probs = [torch.from_numpy(file[name]) for name in names]
@@ -326,12 +459,11 @@ def cached_annotation(cfg, datasets, pixels, class_names, templates, device):
             return probs
     except Exception:  # not there, or cut off, which raises many kinds
         print("annotation: made now" + f", since {path} cannot be read" * path.exists())
-    tool = load_tiny(folder, device) if cfg.annotator == "tiny" else load_clip(cfg, device)
-    model, preprocess, tokenizer = tool
-    probs = [annotate(model, tokenizer, load_images(pairs, preprocess, "annotate"),
+    model, preprocess, tokenizer = (load_tiny(path.parent, device) if cfg.annotator == "tiny" else
+                                    load_clip(cfg, device))
+    probs = [annotate(model, tokenizer, load_batches(pairs, preprocess, "annotate", cfg.num_workers),
                       class_names, templates, device) for pairs in datasets]
-    arrays = {name: p.numpy() for name, p in zip(names, probs)}
-    write_atomically(path, lambda file: np.savez(file, key=np.array(key), **arrays))
+    write_atomically(path, lambda file: np.savez(file, **dict(zip(names, map(np.asarray, probs)))))
     print(f"annotation: written to {path}")
     return probs
 
@@ -415,14 +547,17 @@ def cutout(images, low, high):
     rows, columns = hit.to(images.device)
     return images.masked_fill((rows[:, :, None] & columns[:, None])[:, None], 0.5)
 
+def channel_statistics(images):
+    """Mean and deviation [1,C,1,1] of each channel of uint8 images [N,C,S,S], scaled to 0..1.
+    DIFFERS: measured on the training images, so that any data are normalised; published: typed."""
+    some = images[::max(1, len(images) // 10_000)].float() / 255  # 10,000 images tell enough
+    std = some.std((0, 2, 3), keepdim=True).clamp_min(1 / 255)  # safe: a single colour
+    return some.mean((0, 2, 3), keepdim=True), std
+
 class Views:
-    """uint8 batches [B,C,S,S] -> normalised float views of a kind that Config.views names.
-    DIFFERS: the mean and deviation of a channel are measured on the training images."""
-    def __init__(self, kind, images):
-        some = images[::max(1, len(images) // 10_000)].float() / 255  # 10,000 images tell enough
-        self.mean = some.mean((0, 2, 3)).view(1, -1, 1, 1)
-        self.std = some.std((0, 2, 3)).clamp_min(1 / 255).view(1, -1, 1, 1)  # safe: a single colour
-        self.kind, self.side = kind, images.shape[-1]
+    """uint8 batches [B,C,S,S] -> normalised float views of a kind that Config.views names."""
+    def __init__(self, kind, mean, std):
+        self.kind, self.mean, self.std = kind, mean, std
 
     def plain(self, images):
         images = images / 255 if images.dtype == torch.uint8 else images
@@ -431,18 +566,19 @@ class Views:
     def moved(self, images):
         if self.kind == "digit":
             return random_affine(images.float() / 255, turn=0, scale=0, shift=1 / 16)
-        return random_crop(images, round(self.side / 8), flip=self.kind != "sign").float() / 255
+        return random_crop(images, round(images.shape[-1] / 8), flip=self.kind != "sign").float() / 255
 
     def weak(self, images):
         return self.plain(self.moved(images))
 
     def strong(self, images):
+        side = images.shape[-1]
         if self.kind == "digit":
             images = random_affine(images.float() / 255, turn=20, scale=0.15, shift=0.1)
-            return self.plain(cutout(images, 0, self.side / 3))
+            return self.plain(cutout(images, 0, side / 3))
         if self.kind == "grey":
             return self.plain(cutout(self.moved(images), 16, 16))
-        return self.plain(cutout(random_operation(self.moved(images)), 0, self.side / 2))
+        return self.plain(cutout(random_operation(self.moved(images)), 0, side / 2))
 
 # (4) Both networks -------------------------------------------------------------------------------
 # Two pre-activation ResNet-18 (paper, section 4.1) that differ only in their random start. Each has
@@ -477,17 +613,22 @@ class CoRegNet(nn.Module):
         self.encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())  # [B, 8*width]
         self.fc = nn.Linear(dim, num_classes)
         self.head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, embedding_dim))
+        self.bf16 = False  # convolutions in bfloat16; what leaves the network is float32
 
     def forward(self, images):
-        features = self.encoder(images)
-        return self.fc(features), F.normalize(self.head(features), dim=1)
+        with torch.autocast(images.device.type, torch.bfloat16, self.bf16):
+            features = self.encoder(images)
+            logits, embeddings = self.fc(features), self.head(features)
+        return logits.float(), F.normalize(embeddings.float(), dim=1)
+
+def device_of(net):
+    return next(net.parameters()).device
 
 class Learner:
     """One of the two networks, with all the state that belongs to it."""
     def __init__(self, net, cfg):
         self.net, self.key_net = net, copy.deepcopy(net).requires_grad_(False)
-        device = next(net.parameters()).device
-        self.queue = MomentumQueue(cfg.queue_size, cfg.embedding_dim).to(device)
+        self.queue = MomentumQueue(cfg.queue_size, cfg.embedding_dim).to(device_of(net))
         self.losses = []  # of the last splits, [N] each: input of the mixture model (section 6)
         self.optimizer = torch.optim.SGD(  # momentum and weight decay: paper, section 4.1
             net.parameters(), cfg.lr, momentum=0.9, weight_decay=5e-4)
@@ -498,6 +639,17 @@ class Learner:
         sum(terms.values()).backward()
         self.optimizer.step()
         return {name: term.detach() for name, term in terms.items()}
+
+    def state(self):
+        """All of it, for a checkpoint."""
+        return dict(net=self.net.state_dict(), key_net=self.key_net.state_dict(),
+                    queue=self.queue.state_dict(), optimizer=self.optimizer.state_dict(),
+                    losses=self.losses)
+
+    def restore(self, state):
+        for name in ("net", "key_net", "queue", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.losses = [losses.to(device_of(self.net)) for losses in state["losses"]]
 
 # (5) Warm-up -------------------------------------------------------------------------------------
 # For the first epochs each network learns alone, on strong views, that its candidate set as a whole
@@ -523,16 +675,19 @@ def batches(rows, batch_size):
         parts[-2:] = [torch.cat(parts[-2:])]
     return parts
 
+def fetch(data, rows, net):
+    """Rows (on the CPU) of data, as a batch on the network's device, wherever the data rest."""
+    return data[rows].to(device_of(net), non_blocking=True)
+
 def warm_up_epoch(own, images, candidates, views, cfg):
     """Every image once, in batches of 2B; yields each step's loss terms. Candidates that are soft
     labels (float [N,K]) are learnt by plain cross-entropy: distillation, no sets."""
     own.net.train()
     for rows in batches(torch.arange(len(images)), 2 * cfg.batch_size):
-        rows = rows.to(images.device)
-        logits, _ = own.net(views.strong(images[rows]))
-        yield own.step({"set": F.cross_entropy(logits, candidates[rows])}
-                       if candidates.is_floating_point() else
-                       {"set": partial_cross_entropy(logits, candidates[rows]),
+        logits, _ = own.net(views.strong(fetch(images, rows, own.net)))
+        targets = fetch(candidates, rows, own.net)
+        yield own.step({"set": F.cross_entropy(logits, targets)} if targets.is_floating_point() else
+                       {"set": partial_cross_entropy(logits, targets),
                         "entropy": negative_entropy(logits)})
 
 # (6) GMM split -----------------------------------------------------------------------------------
@@ -574,11 +729,14 @@ def split_data(learner, images, views, candidates, prior, cfg):
     table that is half of the last epoch's. And where less than a batch is clean (less than a tenth,
     if the data are few), the tenth with the lowest losses is; the published code crashes."""
     learner.net.eval()
-    probs = torch.cat([learner.net(views.weak(batch))[0].softmax(1)
+    probs = torch.cat([learner.net(views.weak(batch.to(candidates.device)))[0].softmax(1)
                        for batch in images.split(EVAL_BATCH)])  # [N,K]
-    probs = align_distribution(probs, probs.mean(0), prior)
+    if "alignment" not in cfg.ablate:
+        probs = align_distribution(probs, probs.mean(0), prior)
     losses = max_candidate_loss(probs, candidates)
     learner.losses = (learner.losses + [losses])[-5:]
+    if "gmm" in cfg.ablate:
+        return probs, torch.ones_like(losses)
     clean_prob = clean_probability(torch.stack(learner.losses), seed=cfg.seed)
     count, tenth = int((clean_prob > 0.5).sum()), max(2, math.ceil(len(losses) / 10))
     if count < min(cfg.batch_size, tenth):
@@ -660,22 +818,28 @@ def prototype_loss(similarity_x, targets_a_x, targets_b_x, similarity_u, targets
 # neither positive nor negative (paper, section 3.4). Past keys wait in a queue.
 
 class MomentumQueue(nn.Module):
-    """Ring buffer of the last `size` keys [Q,D] with their classes [Q] and clean flags [Q].
-    DIFFERS: it starts empty and grows; the published one starts full of random numbers."""
+    """Ring buffer of the last Q = `size` keys [Q,D] with their classes [Q] and clean flags [Q].
+    DIFFERS: only filled slots are seen; the published queue starts full of random numbers."""
     def __init__(self, size, dim):
         super().__init__()
         self.size, self.pushed = size, 0
-        self.register_buffer("keys", torch.zeros(0, dim))
-        self.register_buffer("classes", torch.zeros(0, dtype=torch.long))
-        self.register_buffer("clean", torch.zeros(0, dtype=torch.bool))
+        self.register_buffer("slots", torch.zeros(size, dim))
+        self.register_buffer("slot_classes", torch.zeros(size, dtype=torch.long))
+        self.register_buffer("slot_clean", torch.zeros(size, dtype=torch.bool))
+    keys = property(lambda self: self.slots[:self.pushed])
+    classes = property(lambda self: self.slot_classes[:self.pushed])
+    clean = property(lambda self: self.slot_clean[:self.pushed])
+    def get_extra_state(self): return self.pushed  # a number on the CPU: reading it never waits
+    def set_extra_state(self, pushed): self.pushed = pushed
 
     def push(self, keys, classes, clean):
         """keys [B,D], classes int [B], clean bool [B] take the next slots; the oldest go."""
-        slots = (self.pushed + torch.arange(len(keys[-self.size:]), device=keys.device)) % self.size
-        for name, new in dict(keys=keys.detach(), classes=classes, clean=clean).items():
-            rows = torch.cat([getattr(self, name), new])[:self.size]  # grows until it is full
-            setattr(self, name, rows.index_copy_(0, slots, new[-self.size:]))
-        self.pushed += len(slots)
+        count = len(keys[-self.size:])
+        places = (self.pushed + torch.arange(count, device=keys.device)) % self.size
+        for slots, new in ((self.slots, keys.detach()), (self.slot_classes, classes),
+                           (self.slot_clean, clean)):
+            slots[places] = new[-self.size:]
+        self.pushed += count
 
 def contrastive_masks(classes, clean, num_anchors):
     """classes int, clean bool [M] of [anchors, their keys, queue] -> (positives, ignored) [A,M].
@@ -715,9 +879,11 @@ def co_training_terms(own, partner_net, prototypes, views_x, views_u, candidates
         probs_x, probs_u = logits_w.softmax(1).split([2 * num_x, 2 * num_u])
         targets_x = refine_labels(probs_x.view(2, num_x, -1).mean(0), partner_probs, candidates,
                                   clean_prob, cfg.temperature)
-        if num_u:
-            probs_u = torch.cat([probs_u, partner_net(torch.cat([u_w1, u_w2]))[0].softmax(1)])
-        targets_u = guess_labels(probs_u.view(4, num_u, len(targets_x[0])), cfg.temperature)
+        probs_u = probs_u.view(2, num_u, -1) if num_u else probs_u[None]  # [V,B,K]
+        if num_u and partner_net is not own.net:  # the same: ablation of co-pseudo-labeling
+            partner_logits, _ = partner_net(torch.cat([u_w1, u_w2]))
+            probs_u = torch.cat([probs_u, partner_logits.softmax(1).view(2, num_u, -1)])
+        targets_u = guess_labels(probs_u, cfg.temperature)
     targets = torch.cat([targets_x, targets_x, targets_u, targets_u])
     inputs, mixed = mixup(torch.cat([x_s1, x_s2, u_s1, u_s2]), targets, lam, permutation)
     logits, embeddings = own.net(inputs)
@@ -726,26 +892,27 @@ def co_training_terms(own, partner_net, prototypes, views_x, views_u, candidates
     if not representation:  # DIFFERS: the published code computes the rest, then drops it
         return terms, prototypes
 
-    prototypes = update_prototypes(
-        prototypes, embeddings_w[:num_x], targets_x.argmax(1), cfg.momentum)
-    similarity, other = embeddings @ prototypes.T, targets[permutation]
-    terms["prototype"] = cfg.proto_weight * prototype_loss(
-        similarity[x], targets[x], other[x], similarity[u], targets[u], other[u],
-        lam, PROTO_TEMPERATURE, cfg.lambda_u)
-
-    _, queries = own.net(torch.cat([x_s1, u_s1]))
-    with torch.no_grad():  # the key encoder follows the network as it is before this step
-        follow = get_ema_multi_avg_fn(cfg.momentum)
-        follow(list(own.key_net.parameters()), list(own.net.parameters()), 0)
-        _, keys = own.key_net(torch.cat([x_s2, u_s2]))
-    classes = torch.cat([targets_x, targets_u]).argmax(1)  # [B]
-    clean, queue = torch.arange(len(classes), device=classes.device) < num_x, own.queue
-    positives, ignored = contrastive_masks(torch.cat([classes, classes, queue.classes]),
-                                           torch.cat([clean, clean, queue.clean]), len(queries))
-    features = torch.cat([queries, keys, queue.keys])  # [M,D]
-    terms["contrastive"] = cfg.contrastive_weight * supcon_loss(
-        features, positives, ignored, CONTRASTIVE_TEMPERATURE)
-    queue.push(keys, classes, clean)
+    if cfg.proto_weight:
+        prototypes = update_prototypes(
+            prototypes, embeddings_w[:num_x], targets_x.argmax(1), cfg.momentum)
+        similarity, other = embeddings @ prototypes.T, targets[permutation]
+        terms["prototype"] = cfg.proto_weight * prototype_loss(
+            similarity[x], targets[x], other[x], similarity[u], targets[u], other[u],
+            lam, PROTO_TEMPERATURE, cfg.lambda_u)
+    if cfg.contrastive_weight:
+        _, queries = own.net(torch.cat([x_s1, u_s1]))
+        with torch.no_grad():  # the key encoder follows the network as it is before this step
+            follow = get_ema_multi_avg_fn(cfg.momentum)
+            follow(list(own.key_net.parameters()), list(own.net.parameters()), 0)
+            _, keys = own.key_net(torch.cat([x_s2, u_s2]))
+        classes = torch.cat([targets_x, targets_u]).argmax(1)  # [B]
+        clean, queue = torch.arange(len(classes), device=classes.device) < num_x, own.queue
+        positives, ignored = contrastive_masks(torch.cat([classes, classes, queue.classes]),
+                                               torch.cat([clean, clean, queue.clean]), len(queries))
+        features = torch.cat([queries, keys, queue.keys])  # [M,D]
+        terms["contrastive"] = cfg.contrastive_weight * supcon_loss(
+            features, positives, ignored, CONTRASTIVE_TEMPERATURE)
+        queue.push(keys, classes, clean)
     return terms, prototypes
 
 # (10) Evaluation ---------------------------------------------------------------------------------
@@ -757,9 +924,10 @@ EVAL_BATCH = 512
 
 @torch.inference_mode()
 def predict(net, images, views):
-    """Logits [N,K] of one network in eval mode for uint8 images [N,C,S,S]."""
+    """Logits [N,K] of one network in eval mode for uint8 images [N,C,S,S] on any device."""
     net.eval()
-    return torch.cat([net(views.plain(batch))[0] for batch in images.split(EVAL_BATCH)])
+    return torch.cat([net(views.plain(batch.to(device_of(net))))[0]
+                      for batch in images.split(EVAL_BATCH)])
 
 def accuracy(scores, labels):
     """Percent of rows of scores [N,K] whose argmax is the label [N]; None without labels."""
@@ -796,28 +964,37 @@ def setting(default, help, low=None, high=math.inf, choices=None):
     return dataclasses.field(default=default, metadata=dict(
         help=help, low=low, high=high, choices=choices))
 
+ABLATIONS = ["co-pl", "mixup", "prototype", "contrastive", "alignment", "gmm", "multi-prompt"]
+
 @dataclasses.dataclass
 class Config:
     """All settings, checked. The defaults are the paper's CIFAR-10 run; see DATASETS."""
-    dataset: str = setting("digits", "data set", choices=list(DATASETS))
+    dataset: str = setting("digits", "data set; folder: your own images", choices=list(DATASETS))
     data_dir: str = setting("data", "folder of data sets and cached annotations")
+    classes: str = setting("", "for folder: names with commas between, or a file of one per line")
     num_samples: int = setting(0, "train on a random subset of so many images; 0: on all", 0)
     image_size: int = setting(32, "side of the network's input in pixels", 8)
     channels: int = setting(3, "1: grey, 3: RGB", choices=[1, 3])
     views: str = setting("photo", "random views; sign: no mirror image, grey: no RandAugment",
                          choices=["photo", "sign", "grey", "digit"])
+    num_workers: int = setting(min(8, os.cpu_count() or 1), "processes that decode images", 0)
     annotator: str = setting("clip", "who makes the candidate sets; flip: noise on true labels, "
                              "a study", choices=["clip", "tiny", "flip"])
     clip_model: str = setting("ViT-B-32-quickgelu", "any model of open_clip")
     clip_pretrained: str = setting("openai", "open_clip's tag of its weights, or a local file")
-    templates: str = setting("small", "27; imagenet: 80; digits: 12", choices=list(TEMPLATES))
+    annotations: str = setting("", "an .npz of candidates, probs or votes, in place of CLIP")
+    templates: str = setting("small", "27; imagenet: 80; digits: 12; or a file, one {} per line")
     num_templates: int = setting(0, "use only the first so many templates; 0: all", 0)
-    candidates: str = setting("multi_prompt", "rule for the sets; soft: none, plain distillation",
+    candidates: str = setting("multi_prompt", "rule for the sets; soft: as --method distill",
                               choices=["multi_prompt", "argmax", "top_k", "ratio", "soft"])
     top_k: int = setting(5, "labels in a set, for top_k and ratio", 1)
     ratio: float = setting(0.5, "for ratio: least probability, as a share of the largest", 0, 1)
     partial_rate: float = setting(0.1, "for flip: chance q of each wrong label to join", 0, 1)
     noise_rate: float = setting(0.1, "for flip: chance eta that the true label is missing", 0, 1)
+    method: str = setting("co-reg", "or a baseline, by cross-entropy: pce: on the sets, hard: on "
+                          "single labels, distill: on mean shares, supervised: on TRUE labels",
+                          choices=["co-reg", "pce", "hard", "distill", "supervised"])
+    ablate: str = setting("", "parts to leave out, with commas: " + ", ".join(ABLATIONS))
     epochs: int = setting(800, "epochs in all", 1)
     warm_up: int = setting(50, "epochs of warm-up", 0)
     start_contrastive: int = setting(10, "epochs from there to the representation terms", 0)
@@ -836,8 +1013,16 @@ class Config:
     queue_size: int = setting(8192, "keys Q in each queue", 1)
     seed: int = setting(0, "of networks, order and views", 0, 2 ** 32 - 1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    precision: str = setting("auto", "of the networks; auto: bf16 where the device is fast at it",
+                             choices=["auto", "bf16", "fp32"])
+    compile: bool = setting(False, "use torch.compile: minutes at first, then faster on a GPU")
     output_dir: str = setting("", "folder of the run; empty: runs/<dataset>, then -2, -3, ...")
-    overwrite: bool = setting(False, "replace the run that --output-dir holds")
+    overwrite: bool = setting(False, "replace what --output-dir holds")
+    save_every: int = setting(0, "epochs between checkpoints; 0: 1 in a run to 100 epochs, else 10",
+                              0)
+    resume: str = setting("", "go on with the run in this folder; alone: with the newest unfinished")
+    predict: str = setting("", "label this image, or all below this folder, with --model")
+    model: str = setting("", "for --predict: model.pt of a run")
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -850,15 +1035,29 @@ class Config:
         if self.annotator == "tiny" and (self.dataset, self.templates) != ("digits", "digits"):
             raise CoregError("--annotator tiny: expected --dataset digits, --templates digits, got "
                              f"{self.dataset} and {self.templates}; try --annotator clip")
-        if self.annotator == "flip" and (self.candidates == "soft" or self.prior == "clip"):
-            raise CoregError("--annotator flip: has no --candidates soft and no --prior clip")
+        if self.annotator == "flip" and (self.annotations or self.prior == "clip"):
+            raise CoregError("--annotator flip: goes with neither --annotations nor --prior clip")
+        parts = {part.strip() for part in self.ablate.split(",")} - {""}
+        if not parts <= set(ABLATIONS):
+            raise CoregError(f"--ablate: expected some of {', '.join(ABLATIONS)}, with commas "
+                             f"between, got {self.ablate!r}")
+        self.proto_weight *= "prototype" not in parts
+        self.contrastive_weight *= "contrastive" not in parts
+        self.candidates = "argmax" if "multi-prompt" in parts else self.candidates
+        self.method = "distill" if self.candidates == "soft" else self.method
+        self.given = set()  # the names that the command line set
+
+    @property
+    def needs_labels(self):
+        return self.annotator == "flip" or self.method == "supervised"
 
 def flag(name):
     return "--" + name.replace("_", "-")
 
-STAGES = dict(dataset="data", annotator="annotation", epochs="training", prior="method", seed="run")
+STAGES = dict(dataset="data", annotator="annotation", method="training", prior="details",
+              seed="run")  # the first flag of each group of --help
 
-def parse(argv):
+def parse(argv=None):
     """Command line -> Config; defaults are those of the data set that the line names."""
     def fail(message): raise CoregError(f"{message}; see python coreg.py --help")
     parser = argparse.ArgumentParser(
@@ -871,16 +1070,21 @@ def parse(argv):
         choices = f.metadata["choices"]
         kind = dict(action="store_true") if f.type is bool else dict(
             type=f.type, choices=choices, metavar=f.type.__name__.upper())
+        if f.name == "resume":
+            kind.update(nargs="?", const="newest")
         group.add_argument(flag(f.name), default=f.default, **kind,
                            help=f.metadata["help"] + (" [%(choices)s]" if choices else ""))
     argv = sys.argv[1:] if argv is None else argv
-    quiet = [word for word in argv if word not in ("-h", "--help")]
-    parser.set_defaults(**DATASETS[parser.parse_known_args(quiet)[0].dataset].preset)
-    known, unknown = parser.parse_known_args(argv)
+    unset = argparse.Namespace(**{f.name: None for f in dataclasses.fields(Config)})
+    given, unknown = parser.parse_known_args([w for w in argv if w not in ("-h", "--help")], unset)
+    parser.set_defaults(**DATASETS[given.dataset or Config.dataset].preset)
+    known = vars(parser.parse_known_args(argv)[0])
     for word in unknown:
-        near = difflib.get_close_matches(word, map(flag, vars(known)), 1)
+        near = difflib.get_close_matches(word, map(flag, known), 1)
         fail(f"unknown argument {word}" + "".join(f", did you mean {name}?" for name in near))
-    return Config(**vars(known))
+    cfg = Config(**known)
+    cfg.given = {name for name, value in vars(given).items() if value is not None}
+    return cfg
 
 def pick_device(name):
     """--device -> torch.device; auto: cuda, else mps, else cpu."""
@@ -891,6 +1095,12 @@ def pick_device(name):
     except Exception as error:  # each backend raises its own kind
         raise CoregError(f"--device: expected auto or one of {have} here, got {name}") from error
 
+def fast_at_bf16(device):
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
 def choose_folder(cfg):
     """The folder of the run, not yet created."""
     names = [cfg.output_dir] if cfg.output_dir else (
@@ -898,7 +1108,49 @@ def choose_folder(cfg):
     for folder in map(Path, names):
         if not (folder / "config.json").exists() or (cfg.output_dir and cfg.overwrite):
             return folder
-    raise CoregError(f"--output-dir: {folder} holds a run; name another folder, or add --overwrite")
+    raise CoregError(f"--output-dir: {folder} holds a run; name another folder, or add --overwrite "
+                     "or --resume")
+
+def lock(folder):
+    """An open file that keeps other processes out, until this one ends, in whatever way."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "w")
+    with contextlib.suppress(ImportError):  # Windows has no fcntl, and no lock
+        import fcntl
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CoregError(f"--output-dir: another process works in {folder}; name another folder")
+    return file
+
+FREE = {"data_dir", "num_workers", "device", "compile", "save_every", "output_dir", "resume",
+        "overwrite"}  # what may differ between a run and its continuation
+
+def load_checkpoint(cfg):
+    """--resume -> (Config of that run, its folder, its checkpoint)."""
+    path = Path(cfg.resume)
+    if cfg.resume == "newest":
+        every = [Path(cfg.output_dir)] if cfg.output_dir else Path("runs").glob(cfg.dataset + "*")
+        saved = [folder / "checkpoint.pt" for folder in every if
+                 not (folder / "model.pt").exists() and (folder / "checkpoint.pt").exists() and
+                 json.loads((folder / "config.json").read_text())["dataset"] == cfg.dataset]
+        if not saved:
+            raise CoregError("--resume: there is no unfinished run of " + cfg.dataset + " below " +
+                             (cfg.output_dir or "runs/") + "; name its folder, or leave --resume out")
+        path = max(saved, key=lambda file: file.stat().st_mtime)
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        old = Config(**state["config"])
+    except Exception as error:  # a file that is no checkpoint raises nearly any kind
+        raise CoregError(f"--resume: expected the folder of a run with its checkpoint.pt; {path} is "
+                         f"missing, damaged or of another version ({str(error)[:150]})") from error
+    for name in cfg.given - FREE:
+        if getattr(old, name) != getattr(cfg, name):
+            raise CoregError(f"{flag(name)}: the run in {path.parent} has {getattr(old, name)}, got "
+                             f"{getattr(cfg, name)}; leave it out, or start another run")
+    return (dataclasses.replace(old, **{name: getattr(cfg, name) for name in cfg.given & FREE}),
+            path.parent, state)
 
 def cosine_lr(epoch, lr, period):
     """Half cosine from lr at epoch 0 to lr/1000 at epoch `period` and after."""
@@ -910,24 +1162,26 @@ def co_training_epoch(own, partner, split, prototypes, images, candidates, views
     start again when they are used up. Yields each step's terms; updates `prototypes` in place."""
     # As published, the key encoder starts every epoch as a copy. DIFFERS: BatchNorm buffers too.
     own.key_net.load_state_dict(own.net.state_dict())
-    own.net.train(), own.key_net.train(), partner.net.eval()
+    partner.net.eval(), own.net.train(), own.key_net.train()
     probs, clean_prob = split
     clean, unlabeled = ((clean_prob.cpu() > 0.5) == part for part in (True, False))
     batches_x, batches_u = batches(clean.nonzero()[:, 0], cfg.batch_size), []
     for step, rows_x in enumerate(batches_x):
         batches_u = batches_u or batches(unlabeled.nonzero()[:, 0], cfg.batch_size)
-        rows_x, rows_u = rows_x.to(images.device), batches_u.pop().to(images.device)
-        four = images[torch.cat([rows_x, rows_x, rows_u, rows_u])]  # each twice
+        rows_u = batches_u.pop()
+        four = fetch(images, torch.cat([rows_x, rows_x, rows_u, rows_u]), own.net)  # each twice
         sizes = [len(rows_x)] * 2 + [len(rows_u)] * 2
         x_w1, x_w2, u_w1, u_w2 = views.weak(four).split(sizes)
         x_s1, x_s2, u_s1, u_s2 = views.strong(four).split(sizes)
-        lam = np.random.beta(MIXUP_ALPHA, MIXUP_ALPHA)
-        permutation = torch.randperm(len(four)).to(images.device)
+        lam = torch.distributions.Beta(MIXUP_ALPHA, MIXUP_ALPHA).sample().item()  # on the CPU
+        permutation = torch.randperm(len(four)).to(four.device)
+        if "mixup" in cfg.ablate:
+            lam, permutation = 1, permutation.sort().values
         weight_u = cfg.lambda_u * ramp_up(epoch + step / len(batches_x), cfg.warm_up)
         terms, updated = co_training_terms(
             own, partner.net, prototypes, (x_w1, x_w2, x_s1, x_s2), (u_w1, u_w2, u_s1, u_s2),
-            candidates[rows_x], clean_prob[rows_x], probs[rows_x], max(lam, 1 - lam), permutation,
-            weight_u, epoch > cfg.warm_up + cfg.start_contrastive, cfg)  # ">": as published
+            *(fetch(data, rows_x, own.net) for data in (candidates, clean_prob, probs)),
+            max(lam, 1 - lam), permutation, weight_u, epoch > cfg.warm_up + cfg.start_contrastive, cfg)  # ">": as published
         prototypes.copy_(updated)
         yield own.step(terms)
 
@@ -944,95 +1198,223 @@ def mean_terms(steps, epoch):
                          f"{epoch + 1}, step {step + 1}; a smaller --lr may help", 1)
     return dict(zip(steps[0], table.mean(0).tolist()))
 
-def train(cfg, images, candidates, prior, figures, folder):
+def train(cfg, images, candidates, prior, figures, folder, device, state=None):
     """Train both networks -> (learners, views, one record per epoch, also kept in metrics.jsonl).
-    images uint8 [N,C,S,S]; candidates bool [N,K], or soft labels float [N,K]; prior [K];
-    figures(nets, views, splits) gives what true labels tell: see evaluate()."""
+    images uint8 [N,C,S,S], anywhere; on `device`: candidates bool [N,K], or labels float [N,K];
+    prior [K]. figures(nets, views, splits) gives what true labels tell: see evaluate(). state: a
+    checkpoint to go on from, all that the rest depends on."""
     torch.manual_seed(cfg.seed)
-    np.random.seed(cfg.seed)
-    views, records, num_classes = Views(cfg.views, images), [], candidates.shape[1]
-    shape = (num_classes, cfg.channels, cfg.image_size, cfg.width, cfg.embedding_dim)
-    learners = [Learner(CoRegNet(*shape).to(images.device, memory_format=torch.channels_last), cfg)
+    views = Views(cfg.views, *(value.to(device) for value in channel_statistics(images)))
+    shape = (candidates.shape[1], cfg.channels, cfg.image_size, cfg.width, cfg.embedding_dim)
+    learners = [Learner(CoRegNet(*shape).to(device, memory_format=torch.channels_last), cfg)
                 for _ in range(2)]  # channels last: the layout in which convolutions are fastest
-    prototypes = torch.zeros(num_classes, cfg.embedding_dim, device=images.device)
+    for net in (net for own in learners for net in (own.net, own.key_net)):
+        net.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and fast_at_bf16(device))
+        net.compile() if cfg.compile else None
+    prototypes, records = torch.zeros(shape[0], cfg.embedding_dim, device=device), []
+    digest = hashlib.sha256(candidates.cpu().numpy()).hexdigest()  # tells data and annotation
+    if state:
+        if state["digest"] != digest:
+            raise CoregError(f"--resume: images or annotations changed since {folder} was begun; "
+                             "bring them back, or start another run")
+        for own, saved in zip(learners, state["learners"]):
+            own.restore(saved)
+        prototypes, records = state["prototypes"].to(device), state["records"]
+        torch.set_rng_state(state["random"])
+
+    def checkpoint():
+        file = io.BytesIO()  # in memory: an epoch that is cut off is forgotten whole
+        torch.save(dict(config=dataclasses.asdict(cfg), digest=digest, records=records,
+                        random=torch.get_rng_state(), prototypes=prototypes,
+                        learners=[own.state() for own in learners]), file)
+        return file.getvalue()
+
+    def write(name, content): write_atomically(folder / name, lambda file: file.write(content))
+
+    saved, save_every = checkpoint(), cfg.save_every or (1 if cfg.epochs <= 100 else 10)
+    write("checkpoint.pt", saved)
+    write("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records).encode())
     print(" ".join(f"{name.removeprefix('test_'):>8.8}" for name in COLUMNS))
-    for epoch in range(cfg.epochs):
-        start, splits, lr = time.time(), [], cosine_lr(epoch, cfg.lr, cfg.lr_period)
-        for own in learners:
-            own.optimizer.param_groups[0]["lr"] = lr
-        phase = "distill" if candidates.is_floating_point() else "warm-up"
-        if epoch < cfg.warm_up or phase == "distill":
-            epochs = [warm_up_epoch(own, images, candidates, views, cfg) for own in learners]
-        else:
-            phase = "co-train"
-            splits = [split_data(own, images, views, candidates, prior, cfg) for own in learners]
-            epochs = [co_training_epoch(*learners[::order], splits[order < 0], prototypes, images,
-                                        candidates, views, cfg, epoch) for order in (1, -1)]
-        both = [mean_terms(steps, epoch) for steps in epochs]  # network 1, then network 2
-        terms = {name: sum(means.get(name, 0.0) for means in both) / 2 for name in TERMS}
-        clean = [int((clean_prob > 0.5).sum()) for _, clean_prob in splits]
-        record = dict(epoch=epoch + 1, phase=phase, lr=lr, loss=sum(terms.values()), **terms,
-                      clean=sum(clean) / 2, **figures([own.net for own in learners], views, splits))
-        records.append(dict(record, seconds=round(time.time() - start, 2)))
-        with open(folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(records[-1]) + "\n")
-        cells = [records[-1].get(name, "-") for name in COLUMNS]
-        cells = (f"{c:8.4f}" if isinstance(c, float) else f"{c:>8}" for c in cells)
-        print(*cells, flush=True)
+    try:
+        for epoch in range(len(records), cfg.epochs):
+            start, splits, lr = time.time(), [], cosine_lr(epoch, cfg.lr, cfg.lr_period)
+            for own in learners:
+                own.optimizer.param_groups[0]["lr"] = lr
+            phase = cfg.method if cfg.method != "co-reg" else (
+                "warm-up" if epoch < cfg.warm_up else "co-train")
+            if phase == "co-train":
+                splits = [split_data(own, images, views, candidates, prior, cfg)
+                          for own in learners]
+                partners, others = learners[::-1], splits[::-1]
+                if "co-pl" in cfg.ablate:
+                    partners, others = learners, splits
+                epochs = [co_training_epoch(own, partner, split, prototypes, images, candidates,
+                                            views, cfg, epoch)
+                          for own, partner, split in zip(learners, partners, others)]
+            else:
+                epochs = [warm_up_epoch(own, images, candidates, views, cfg) for own in learners]
+            both = [mean_terms(steps, epoch) for steps in epochs]  # network 1, then network 2
+            terms = {name: sum(means.get(name, 0.0) for means in both) / 2 for name in TERMS}
+            clean = [int((clean_prob > 0.5).sum()) for _, clean_prob in splits]
+            record = dict(
+                epoch=epoch + 1, phase=phase, lr=lr, loss=sum(terms.values()), **terms,
+                clean=sum(clean) / 2, **figures([own.net for own in learners], views, splits))
+            records.append(dict(record, seconds=round(time.time() - start, 2)))
+            saved = checkpoint()
+            if (epoch + 1) % save_every == 0:
+                write("checkpoint.pt", saved)
+            with open(folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(records[-1]) + "\n")
+            cells = [records[-1].get(name, "-") for name in COLUMNS]
+            cells = (f"{c:8.4f}" if isinstance(c, float) else f"{c:>8}" for c in cells)
+            print(*cells, flush=True)
+    except OSError as error:
+        raise CoregError(f"stopped: cannot write in {folder} ({error.strerror}); the last checkpoint "
+                         f"is good: make room, then --resume {folder}", 1) from error
+    except KeyboardInterrupt:
+        write("checkpoint.pt", saved)
+        raise CoregError(f"interrupted; to go on: python coreg.py --resume {folder}", 130)
     return learners, views, records
 
-def run(cfg):
-    """Data -> annotation -> training -> the files of the run and a table."""
-    device, folder, table = pick_device(cfg.device), choose_folder(cfg), {}
-    train_set, test_set, class_names = read_dataset(cfg)
-    to_tensor = partial(to_square, size=cfg.image_size, channels=cfg.channels)
-    try:
-        (images, labels), (test_images, test_labels) = (
-            map(torch.cat, zip(*load_images(pairs, to_tensor, "read")))
-            for pairs in (train_set, test_set))
-    except (OSError, RuntimeError) as error:
-        raise CoregError(f"--data-dir: an image below {cfg.data_dir!r} cannot be read "
-                         f"({str(error).splitlines()[-1]}); repair or remove it") from error
-    labels, test_labels = (None if (y < 0).any() else y for y in (labels, test_labels))
-    templates = TEMPLATES[cfg.templates]
-    if cfg.templates == "imagenet":
-        import open_clip
-        templates = [fill("{}") for fill in open_clip.OPENAI_IMAGENET_TEMPLATES]
-    if cfg.num_templates > len(templates):
-        raise CoregError(f"--num-templates: expected to {len(templates)}, got {cfg.num_templates}")
-    print(f"{cfg.dataset}: {len(images)} training and {len(test_images)} test images, "
-          f"{len(class_names)} classes, on {device}; results go to {folder}")
-    prior = torch.full((len(class_names),), 1 / len(class_names))
-    if cfg.annotator == "flip":
-        print("annotation: synthetic sets from the TRUE labels: a study of noise, not a result")
-        candidates = flip_candidates(labels, len(class_names), cfg.partial_rate, cfg.noise_rate,
-                                     torch.Generator().manual_seed(cfg.seed))
-    else:
-        probs, test_probs = cached_annotation(
-            cfg, [train_set, test_set], [images, test_images], class_names,
-            templates[:cfg.num_templates or None], device)
-        mean = probs.mean(0, dtype=torch.float32)  # [N,K]
-        prior = mean.mean(0) if cfg.prior == "clip" else prior
-        candidates = (mean if cfg.candidates == "soft" else
-                      candidate_sets(probs, cfg.candidates, cfg.top_k, cfg.ratio))
-        if test_labels is not None:
-            table["zero-shot %, best single template*"] = max(
-                accuracy(p, test_labels) for p in test_probs)
-        table["zero-shot %, mean of templates"] = accuracy(test_probs.float().mean(0), test_labels)
-    if candidates.dtype == torch.bool:
-        table["candidate sets with the true label* %"] = coverage(candidates, labels)
-        table["candidate sets, mean size"] = candidates.float().sum(1).mean().item()
-    write_atomically(folder / "config.json", lambda file: file.write(
-        json.dumps(dataclasses.asdict(cfg), indent=1).encode()))
-    (folder / "metrics.jsonl").unlink(missing_ok=True)
-    figures = partial(evaluate, labels, test_labels, test_images.to(device), candidates)
-    learners, views, records = train(
-        cfg, images.to(device), candidates.to(device), prior.to(device), figures, folder)
-    write_atomically(folder / "model.pt", partial(torch.save, dict(
+def save_model(path, learners, views, class_names, cfg):
+    """Both networks and all that is needed to use them; see Classifier."""
+    write_atomically(path, partial(torch.save, dict(
         networks=[{name: v.cpu() for name, v in own.net.state_dict().items()} for own in learners],
         class_names=class_names, mean=views.mean.cpu(), std=views.std.cpu(), channels=cfg.channels,
         image_size=cfg.image_size, width=cfg.width, embedding_dim=cfg.embedding_dim)))
-    if cfg.warm_up:
+
+class Classifier:
+    """model.pt of a run as a function: uint8 [N,C,S,S] -> probabilities [N,K] of class_names."""
+    def __init__(self, path, device="cpu"):
+        try:
+            saved = torch.load(path, map_location=device, weights_only=True)
+            self.class_names, self.channels = saved["class_names"], saved["channels"]
+            self.image_size, shape = saved["image_size"], (saved["width"], saved["embedding_dim"])
+            self.nets = [CoRegNet(len(self.class_names), self.channels, self.image_size, *shape)
+                         for _ in saved["networks"]]
+            for net, state in zip(self.nets, saved["networks"]):
+                net.to(device).load_state_dict(state)
+            self.views = Views("photo", saved["mean"], saved["std"])
+        except Exception as error:  # a file that is no model raises nearly any kind
+            raise CoregError(f"--model: expected model.pt of a run; {path} is missing, damaged or "
+                             f"of another version ({str(error)[:150]})") from error
+
+    def prepare(self, image):
+        """PIL image -> uint8 [C,S,S]."""
+        return to_square(image, self.image_size, self.channels)
+
+    def __call__(self, images):
+        return (sum(predict(net, images, self.views) for net in self.nets) / 2).softmax(1)
+
+def predict_files(cfg):
+    """--predict: label an image, or all below a folder, with --model, into predictions.csv."""
+    source, classify = Path(cfg.predict), Classifier(cfg.model, pick_device(cfg.device))
+    target = Path(cfg.output_dir or Path(cfg.model).parent) / "predictions.csv"
+    if cfg.output_dir != "-" and target.exists() and not cfg.overwrite:
+        raise CoregError(f"--output-dir: {target} exists; name another folder, or add --overwrite")
+    paths = [source] if source.is_file() else find_images(source)
+    pairs, table, read = Files(paths, [None] * len(paths), []), io.StringIO(newline=""), set()
+    out = csv.writer(table, lineterminator="\n")
+    out.writerow("path,label,confidence,label_2,confidence_2,label_3,confidence_3".split(","))
+    for images, _, rows in load_batches(pairs, classify.prepare, "predict", cfg.num_workers):
+        best = classify(images).topk(min(3, len(classify.class_names))) if rows else []
+        for row, shares, labels in zip(rows, *(column.tolist() for column in best)):
+            named = [(classify.class_names[k], f"{share:.4f}") for k, share in zip(labels, shares)]
+            out.writerow([paths[row], *(cell for pair in named for cell in pair)])
+        read.update(rows)
+    broken = [str(path) for row, path in enumerate(paths) if row not in read]
+    if not read:
+        raise CoregError(f"--predict {source}: expected an image or a folder with images; none of "
+                         f"{len(paths)} files can be read")
+    if broken:
+        print(f"skipped: {len(broken)} of {len(paths)} images cannot be read, such as",
+              ", ".join(broken[:5]), file=sys.stderr)
+    if cfg.output_dir == "-":
+        return print(table.getvalue(), end="")
+    write_atomically(target, lambda file: file.write(table.getvalue().encode()))
+    print(f"{len(read)} predictions: {target}")
+
+def load_templates(cfg):
+    """--templates: the name of a list, or a file with a template on each line."""
+    templates = TEMPLATES.get(cfg.templates)
+    if cfg.templates == "imagenet":
+        import open_clip
+        templates = [fill("{}") for fill in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    elif templates is None:
+        path = Path(cfg.templates)
+        lines = path.read_text().splitlines() if path.is_file() else []
+        templates = [line.strip() for line in lines if line.strip()]
+        if not templates or any(line.count("{}") != 1 or "{" in line.replace("{}", "")
+                                for line in templates):
+            raise CoregError(f"--templates {cfg.templates}: expected {', '.join(TEMPLATES)}, or a "
+                             "file with one {} on each line")
+    if cfg.num_templates > len(templates):
+        raise CoregError(f"--num-templates: expected to {len(templates)}, got {cfg.num_templates}")
+    return templates[:cfg.num_templates or None]
+
+def on_device(images, device):
+    """There where they take at most a quarter of its free memory; else only batches cross."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 4 * images.nbytes
+    return images.to(device) if images.nbytes <= free / 4 else images
+
+def run(cfg):
+    """Data -> annotation -> training -> the files of the run and a table."""
+    if cfg.predict:
+        return predict_files(cfg)
+    state, table = None, {}
+    cfg, folder, state = load_checkpoint(cfg) if cfg.resume else (cfg, choose_folder(cfg), None)
+    device, templates = pick_device(cfg.device), load_templates(cfg)
+    train_set, test_set, class_names = read_dataset(cfg)
+    images, labels, train_set = read_images(train_set, cfg, "read train")
+    test_images, test_labels, test_set = read_images(test_set, cfg, "read test")
+    if len(images) < 2:
+        raise CoregError(f"--data-dir: expected images below {cfg.data_dir!r}, and none can be read")
+    if labels is None and cfg.needs_labels:
+        raise CoregError("--annotator flip and --method supervised: expected labels of all training "
+                         "images, got none")
+    print(f"{cfg.dataset}: {len(images)} training and {len(test_images)} test images, "
+          f"{len(class_names)} classes, on {device}; results go to {folder}")
+    num_classes, test_probs = len(class_names), None
+    if cfg.annotator == "flip":
+        print("annotation: synthetic sets from the TRUE labels: a study of noise, not a result")
+        candidates = flip_candidates(labels, num_classes, cfg.partial_rate, cfg.noise_rate,
+                                     torch.Generator().manual_seed(cfg.seed))
+        shares = F.normalize(candidates.float(), p=1, dim=1)
+    elif cfg.annotations:
+        candidates, shares = read_annotations(cfg.annotations, len(images), num_classes, cfg)
+    else:
+        probs, test_probs = cached_annotation(cfg, [train_set, test_set], [images, test_images],
+                                              class_names, templates, device)
+        shares = probs.mean(0, dtype=torch.float32)  # [N,K]
+        rule = "multi_prompt" if cfg.candidates == "soft" else cfg.candidates
+        candidates = candidate_sets(probs, rule, cfg.top_k, cfg.ratio)
+        if test_labels is not None:
+            table["zero-shot %, best single template*"] = max(
+                accuracy(p, test_labels) for p in test_probs)
+            table["zero-shot %, mean of templates"] = accuracy(
+                test_probs.mean(0, dtype=torch.float32), test_labels)
+    table["candidate sets with the true label* %"] = coverage(candidates, labels)
+    table["candidate sets, mean size"] = candidates.float().sum(1).mean().item()
+    prior = shares.mean(0) if cfg.prior == "clip" else torch.full((num_classes,), 1 / num_classes)
+    targets = candidates
+    if cfg.method == "supervised":
+        print("supervised: trains on the TRUE labels: an upper bound, not a result")
+        targets = F.one_hot(labels, num_classes).float()
+    elif cfg.method in ("hard", "distill"):
+        single = F.one_hot(shares.argmax(1), num_classes).float()
+        targets = single if cfg.method == "hard" else shares
+
+    locked = lock(folder)
+    if not state:
+        for name in ("checkpoint.pt", "metrics.jsonl", "model.pt"):
+            (folder / name).unlink(missing_ok=True)
+        write_atomically(folder / "config.json", lambda file: file.write(
+            json.dumps(dataclasses.asdict(cfg), indent=1).encode()))
+    figures = partial(evaluate, labels, test_labels, on_device(test_images, device), candidates)
+    learners, views, records = train(cfg, on_device(images, device), targets.to(device),
+                                     prior.to(device), figures, folder, device, state)
+    save_model(folder / "model.pt", learners, views, class_names, cfg)
+    if cfg.warm_up and cfg.method == "co-reg":
         table["test accuracy % after warm-up"] = records[cfg.warm_up - 1].get("test_acc")
     for name, key in {"network 1": "_net1", "network 2": "_net2", "both": ""}.items():
         table[f"test accuracy % at the end, {name}"] = records[-1].get("test_acc" + key)
@@ -1040,6 +1422,7 @@ def run(cfg):
         if value is not None:
             print(f"{name:40} {value:6.2f}")
     print(f"(*: needs labels that training never sees)  The classifier: {folder / 'model.pt'}")
+    locked.close()
 
 def main(argv=None):
     """Run the command line -> exit code: 0, 1 (not finite), 2 (bad input), 130 (interrupted)."""
@@ -1056,4 +1439,5 @@ def main(argv=None):
     return code
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: save, then stop
     sys.exit(main())
