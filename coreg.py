@@ -37,6 +37,20 @@ from tqdm import tqdm
 class CoregError(Exception):
     """CoregError(message, exit code=2): what the user can mend; main() prints it as one line."""
 
+def expect(condition, name, expected, got):
+    if not condition:
+        raise CoregError(f"{name}: expected {expected}, got {got}")
+
+@contextlib.contextmanager
+def advice(message):
+    """Whatever goes wrong inside becomes this one line: libraries raise many kinds of errors."""
+    try:
+        yield
+    except CoregError:
+        raise
+    except Exception as error:
+        raise CoregError(f"{message} ({type(error).__name__}: {str(error)[:150]})") from error
+
 # (1) Prompt templates and the table of datasets --------------------------------------------------
 # A prompt is a template filled with a class name. A data set is a sequence of pairs (PIL image,
 # label); its row in DATASETS says how to read it, and which settings differ from those of CIFAR-10.
@@ -87,9 +101,9 @@ def open_image(path):
     return image.convert("RGB")
 
 class Files:
-    """Image files as a sequence of pairs (PIL image, label or None), and the class names."""
-    def __init__(self, paths, labels, classes):
-        self.paths, self.labels, self.classes = paths, labels, classes
+    """Image files as a sequence of pairs (PIL image, label or None)."""
+    def __init__(self, paths, labels=None, classes=()):
+        self.paths, self.labels, self.classes = paths, labels or [None] * len(paths), classes
     def __len__(self): return len(self.paths)
     def __getitem__(self, i): return open_image(self.paths[i]), self.labels[i]
 
@@ -97,29 +111,29 @@ def find_images(folder):
     kinds = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
     return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in kinds)
 
+def read_lines(path):
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [line.strip() for line in lines if line.strip()]
+
 def read_folder(cfg, split):
-    """The user's images: train: all below <data-dir>/train/, or below <data-dir> where there is no
-    train/; test: <data-dir>/test/<class>/. Folder names of train/ are labels for `flip` alone."""
-    root, inside = Path(cfg.data_dir), Path(cfg.data_dir) / "train"
-    folder = root / "test" if split == "test" else inside if inside.is_dir() else root
-    owners = {path: path.relative_to(folder).parts[0] for path in find_images(folder)
-              if split == "train" or path.parent != folder}
-    owners = {path: owner for path, owner in owners.items() if (folder, owner) != (root, "test")}
-    lines = Path(cfg.classes).read_text().splitlines() if Path(cfg.classes).is_file() else (
-        cfg.classes.split(",") if cfg.classes else
-        sorted(path.name for path in inside.glob("*/")))
-    classes = [line.strip().replace("_", " ") for line in lines if line.strip()]
-    if len(set(classes)) < max(2, len(classes)):
-        raise CoregError("--classes: expected two or more different names, \"cat,dog\", or a file "
-                         f"with one per line, or folders train/<class>/; got {classes}")
-    labels = [None] * len(owners)
-    if split == "test" or cfg.needs_labels:
-        try:
-            labels = [classes.index(owner.replace("_", " ")) for owner in owners.values()]
-        except ValueError as error:
-            raise CoregError(f"folders below {folder} are labels here: expected names out of "
-                             f"{classes}, got another ({error})") from error
-    return Files(list(owners), labels, classes)
+    """The user's images. train: all below <data-dir>/train/, or below <data-dir> without that;
+    test: <data-dir>/test/<class>/. Folders of train/ are labels for `flip`, `supervised` only."""
+    root, train, test = (Path(cfg.data_dir) / name for name in ("", "train", "test"))
+    folder = test if split == "test" else train if train.is_dir() else root
+    paths = [path for path in find_images(folder)
+             if (path.parent != test if split == "test" else test not in path.parents)]
+    folders = [path.relative_to(folder).parts[0] for path in paths]  # the one right below
+    names = read_lines(Path(cfg.classes)) or cfg.classes.split(",") if cfg.classes else (
+        sorted(path.name for path in train.glob("*/")))
+    classes = [name.strip().replace("_", " ") for name in names]
+    expect(len(set(classes)) == len(classes) > 1 and all(classes), "--classes", "two or more "
+           "names, as \"cat,dog\", a file with one per line, or folders train/<class>/", classes)
+    if split == "train" and not cfg.needs_labels:
+        return Files(paths, None, classes)
+    labels = [name.replace("_", " ") for name in folders]
+    expect(set(labels) <= set(classes), f"folders in {folder}", f"names out of {classes}",
+           sorted(set(labels) - set(classes)))
+    return Files(paths, [classes.index(label) for label in labels], classes)
 
 class Row(NamedTuple):
     read: callable            # read(cfg, "train" or "test") -> pairs (PIL image, label)
@@ -138,7 +152,7 @@ DATASETS = {
         annotator="tiny", templates="digits", views="digit", image_size=8, channels=1, width=16,
         epochs=12, warm_up=4, start_contrastive=5, batch_size=32, lr=0.1, lr_period=12,
         momentum=0.99, queue_size=1024)),
-    "folder": Row(read_folder, "images (JPEG, PNG, WebP, BMP), in train/ if there is a test/<class>/",
+    "folder": Row(read_folder, "images (JPEG, PNG, WebP, BMP); or train/ and test/<class>/",
                   preset=dict(epochs=100)),
     "cifar10": Row(standard(tv.CIFAR10), "cifar-10-batches-py/"),
     "cifar100": Row(standard(tv.CIFAR100), "cifar-100-python/", preset=dict(warm_up=100)),
@@ -159,24 +173,17 @@ SPLIT_SEED = 0  # of every split and subset: all --seed see the same images and 
 def read_dataset(cfg):
     """cfg -> (training pairs, test pairs, class names); pairs of (PIL image, label or None)."""
     row = DATASETS[cfg.dataset]
-    try:
+    with advice(f"--data-dir: {cfg.dataset} can be neither read nor downloaded; expected below "
+                f"{cfg.data_dir!r}: {row.files}"):
         train = row.read(cfg, "train")
         test = train if row.holdout else row.read(cfg, "test")
-    except CoregError:
-        raise
-    except Exception as error:  # torchvision and the net raise many kinds; the advice is the same
-        raise CoregError(f"--data-dir: {cfg.dataset} can be neither read nor downloaded ({error}); "
-                         f"expected below {cfg.data_dir!r}: {row.files}") from error
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(SPLIT_SEED)).tolist()
     cut = round(0.8 * len(order)) if row.holdout else len(order)
-    test_rows = sorted(order[cut:]) if row.holdout else range(len(test))
-    if cut < 2:
-        raise CoregError(f"--data-dir: {cut} images below {cfg.data_dir!r}; expected {row.files}")
-    if not 2 <= (cfg.num_samples or cut) <= cut:
-        raise CoregError(f"--num-samples: expected 2 to {cut}, got {cfg.num_samples}")
+    expect(cut > 1, f"--data-dir {cfg.data_dir}", row.files, f"{cut} images")
+    expect(1 < (cfg.num_samples or cut) <= cut, "--num-samples", f"2 to {cut}", cfg.num_samples)
     class_names = row.class_names or [name.replace("_", " ") for name in train.classes]
-    return (Subset(train, sorted(order[:cfg.num_samples or cut])), Subset(test, test_rows),
-            class_names)
+    return (Subset(train, sorted(order[:cfg.num_samples or cut])),
+            Subset(test, sorted(order[cut:]) if row.holdout else range(len(test))), class_names)
 
 def to_square(image, size, channels):
     """PIL image -> uint8 [C,S,S]: shorter side to `size`, then the centre square."""
@@ -201,21 +208,35 @@ def load_batches(pairs, transform, task, num_workers):
                            collate_fn=partial(decode, pairs, transform)),
                 desc=task, disable=None, leave=False)
 
-def write_atomically(path, write):
-    """write(binary file) into a neighbour, then rename: `path` is never half-written."""
-    neighbour = Path(f"{path}.{os.getpid()}.tmp")
+def write_atomically(path, content):
+    """Write bytes into a neighbour, then rename: `path` is never half-written."""
+    path, neighbour = Path(path), Path(f"{path}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(neighbour, "wb") as file:
-            write(file)
-        os.replace(neighbour, path)
+        neighbour.write_bytes(content)
+        neighbour.replace(path)
     finally:
         neighbour.unlink(missing_ok=True)
 
+def packed(save, *args, **kwargs):
+    """What torch.save(object, file) or np.savez(file, ...) would write, as bytes."""
+    file = io.BytesIO()
+    save(*args, file) if save is torch.save else save(file, *args, **kwargs)
+    return file.getvalue()
+
+def digest(data):
+    return hashlib.sha256(data).hexdigest()[:12]
+
 def cache_path(cfg, name, key):
     """A file in <data-dir>/annotations/ named after all that its content depends on."""
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
-    return Path(cfg.data_dir) / "annotations" / f"{cfg.dataset}-{name.replace('.', f'-{digest}.')}"
+    name = name.replace(".", f"-{digest(json.dumps(key).encode())}.")
+    return Path(cfg.data_dir) / "annotations" / f"{cfg.dataset}-{name}"
+
+def report_broken(names, kept):
+    broken = [str(name) for row, name in enumerate(names) if row not in kept]
+    if broken:
+        print(f"skipped: {len(broken)} of {len(names)} images cannot be read, such as",
+              ", ".join(broken[:5]), file=sys.stderr)
 
 def read_images(pairs, cfg, task):
     """Pairs -> (uint8 [N,C,S,S], labels int [N] or None, those pairs that can be read).
@@ -225,7 +246,7 @@ def read_images(pairs, cfg, task):
     if isinstance(pairs.dataset, Files):
         names = [str(pairs.dataset.paths[i]) for i in pairs.indices]
         stamps = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in names]
-        path = cache_path(cfg, "images.npy", [shape, stamps])
+        path = cache_path(cfg, "images.npy", [shape, stamps, cfg.needs_labels, cfg.classes])
     try:
         kept, labels = json.loads(path.with_suffix(".json").read_text())
         array = np.load(path, mmap_mode="c")
@@ -239,15 +260,10 @@ def read_images(pairs, cfg, task):
             kept, labels = kept + rows, labels + some
         if path:  # the neighbour comes last: it says that the array is complete
             array.flush()
-            write_atomically(path.with_suffix(".json"),
-                             lambda file: file.write(json.dumps([kept, labels]).encode()))
-    broken = sorted(set(range(len(pairs))) - set(kept))
-    if broken:
-        print(f"skipped: {len(broken)} of {len(pairs)} images cannot be read, such as",
-              ", ".join(str(names[row]) for row in broken[:5]))
-    labels = torch.tensor(labels)
-    return (torch.from_numpy(array[:len(kept)]), None if -1 in labels or not kept else labels,
-            Subset(pairs, kept))
+            write_atomically(path.with_suffix(".json"), json.dumps([kept, labels]).encode())
+    report_broken(names, set(kept))
+    labels = None if -1 in labels or not kept else torch.tensor(labels)
+    return torch.from_numpy(array[:len(kept)]), labels, Subset(pairs, kept)
 
 # (2) CLIP annotation -> candidate label sets -----------------------------------------------------
 # Template t and class k give the text feature u_tk, image i gives v_i; P[t,i,:] is the softmax
@@ -294,24 +310,18 @@ def annotate(model, tokenizer, batches, class_names, templates, device):
 def read_annotations(path, num_images, num_classes, cfg):
     """Anybody's annotations -> (candidate sets bool [N,K], mean label shares [N,K]). The .npz holds
     `candidates` bool [N,K], or `probs` [T,N,K], or `votes` int [T,N], -1: abstained."""
-    try:
+    with advice(f"--annotations {path}: expected an .npz with `candidates`, `probs` or `votes`"):
         with np.load(path, allow_pickle=False) as file:
             name = next(name for name in ("candidates", "probs", "votes") if name in file)
             array = torch.from_numpy(file[name])
-    except StopIteration:
-        raise CoregError(f"--annotations {path}: expected an array `candidates`, `probs` or `votes`")
-    except Exception as error:  # no file, no .npz, cut off: each raises its own kind
-        raise CoregError(f"--annotations {path}: expected an .npz file ({error})") from error
-    shape = {"candidates": (num_images, num_classes), "votes": (len(array), num_images),
-             "probs": (len(array), num_images, num_classes)}[name]
-    if array.shape != shape or not len(array):
-        raise CoregError(f"--annotations {path}: {name} has the shape {list(array.shape)}, expected "
-                         f"{list(shape)}, for {num_images} images and {num_classes} classes")
-    low, high = dict(votes=(-1, num_classes - 1)).get(name, (0, 1.001))
-    if (name == "votes" and array.is_floating_point()) or not (
-            (array >= low) & (array <= high)).all():
-        raise CoregError(f"--annotations {path}: {name} holds a value that is no number from "
-                         f"{low} to {high:.0f}")
+    shape = dict(candidates=[num_images, num_classes], votes=[len(array), num_images],
+                 probs=[len(array), num_images, num_classes])[name]
+    expect(len(array) and list(array.shape) == shape, f"--annotations {path}: {name}", f"{shape}, "
+           f"for {num_images} images and {num_classes} classes", list(array.shape))
+    low, high = (-1, num_classes - 1) if name == "votes" else (0, 1)
+    good = (array >= low) & (array <= high + 1e-3)  # NaN is not good
+    expect(good.all() and not (name == "votes" and array.is_floating_point()),
+           f"--annotations {path}: {name}", f"numbers from {low} to {high}", "others")
     if name == "votes":
         shares = sum(F.one_hot(votes.long() + 1, num_classes + 1)[:, 1:] for votes in array)
     else:
@@ -329,18 +339,14 @@ def load_clip(cfg, device):
     import open_clip  # here, so that `import coreg` stays light
     logging.disable(logging.ERROR)  # what it logs before it raises is said below, in one line
     name, weights = cfg.clip_model, cfg.clip_pretrained
-    try:
+    hub = open_clip.get_pretrained_cfg(name, weights).get("hf_hub")
+    near = difflib.get_close_matches(name, open_clip.list_models())
+    with advice(f"--clip-model {name} --clip-pretrained {weights} did not load: " + (
+            f"download huggingface.co/{hub}open_clip_model.safetensors and pass its path to "
+            "--clip-pretrained" if hub else "expected a file made for this model, one of its tags "
+            f"{open_clip.list_pretrained_tags_by_model(name)}, or another model, as {near}")):
         model, _, preprocess = open_clip.create_model_and_transforms(
             name, weights, device=device, require_pretrained=True)
-    except Exception as error:  # open_clip and the hub raise many kinds; the advice is the same
-        hub = open_clip.get_pretrained_cfg(name, weights).get("hf_hub")
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        near = difflib.get_close_matches(name, open_clip.list_models())
-        advice = (f"download huggingface.co/{hub}open_clip_model.safetensors and pass its path to "
-                  "--clip-pretrained" if hub else "expected a file made for this model, one of its "
-                  f"tags {tags}, or another model, such as {near}")
-        raise CoregError(f"--clip-model {name} --clip-pretrained {weights} did not load: {advice} "
-                         f"({type(error).__name__}: {str(error)[:150]})") from error
     return model.eval(), preprocess, open_clip.get_tokenizer(name)
 
 # TinyCLIP, the annotator of the digits, is open_clip's CLIP class and tokenizer in a tiny size,
@@ -417,7 +423,7 @@ def load_tiny(folder, device):
     except Exception:  # not there yet, or not readable: train it (anew)
         print(f"TinyCLIP: pre-training on {TINY_STEPS * TINY_BATCH:,} rendered digits")
         pretrain_tiny(model, tokenizer([t.format(d) for t in TEMPLATES["digits"] for d in DIGITS]))
-        write_atomically(path, partial(torch.save, model.state_dict()))
+        write_atomically(path, packed(torch.save, model.state_dict()))
     return model.eval().to(device), tiny_preprocess, tokenizer
 
 def pretrain_tiny(model, tokens, lr=2e-3):
@@ -445,12 +451,12 @@ def cached_annotation(cfg, datasets, pixels, class_names, templates, device):
     """Probabilities float16 [T,N,K] of each dataset, from the cache or from the annotator.
     DIFFERS: the published cache knows only its folder, so an unseeded split could pair it with
     other images. This one is named after the pixels, weights, class names and templates."""
-    weights = Path(cfg.clip_pretrained)
-    weights = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else str(weights)
-    tiny = ["tiny", TINY_STEPS, TINY_BATCH, TINY_SEED]
-    path = cache_path(cfg, cfg.annotator + ".npz", [
-        SPLIT_SEED, class_names, templates, tiny if cfg.annotator == "tiny" else
-        [cfg.clip_model, weights], [hashlib.sha256(images.numpy()).hexdigest() for images in pixels]])
+    model, weights = cfg.clip_model, Path(cfg.clip_pretrained)
+    weights = digest(weights.read_bytes()) if weights.is_file() else str(weights)
+    if cfg.annotator == "tiny":
+        model, weights = "tiny", [TINY_STEPS, TINY_BATCH, TINY_SEED]
+    path = cache_path(cfg, cfg.annotator + ".npz", [SPLIT_SEED, class_names, templates, model,
+                                                    weights, [digest(p.numpy()) for p in pixels]])
     names = ["probs", "test_probs"]
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -461,9 +467,9 @@ def cached_annotation(cfg, datasets, pixels, class_names, templates, device):
         print("annotation: made now" + f", since {path} cannot be read" * path.exists())
     model, preprocess, tokenizer = (load_tiny(path.parent, device) if cfg.annotator == "tiny" else
                                     load_clip(cfg, device))
-    probs = [annotate(model, tokenizer, load_batches(pairs, preprocess, "annotate", cfg.num_workers),
-                      class_names, templates, device) for pairs in datasets]
-    write_atomically(path, lambda file: np.savez(file, **dict(zip(names, map(np.asarray, probs)))))
+    batches = (load_batches(pairs, preprocess, "annotate", cfg.num_workers) for pairs in datasets)
+    probs = [annotate(model, tokenizer, some, class_names, templates, device) for some in batches]
+    write_atomically(path, packed(np.savez, **dict(zip(names, map(np.asarray, probs)))))
     print(f"annotation: written to {path}")
     return probs
 
@@ -566,7 +572,8 @@ class Views:
     def moved(self, images):
         if self.kind == "digit":
             return random_affine(images.float() / 255, turn=0, scale=0, shift=1 / 16)
-        return random_crop(images, round(images.shape[-1] / 8), flip=self.kind != "sign").float() / 255
+        padding = round(images.shape[-1] / 8)
+        return random_crop(images, padding, flip=self.kind != "sign").float() / 255
 
     def weak(self, images):
         return self.plain(self.moved(images))
@@ -594,7 +601,10 @@ class PreActBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         same = stride == 1 and in_channels == channels
         self.shortcut = nn.Sequential(
-            *[] if same else [nn.Conv2d(in_channels, channels, 1, stride, bias=False)])
+            # A 1x1 convolution with a stride, in two steps: oneDNN's own (seen with torch 2.6 and
+            # 2.14) writes out of bounds in its backward pass: under 16 channels, channels last.
+            *[] if same else [nn.AvgPool2d(1, stride),
+                              nn.Conv2d(in_channels, channels, 1, bias=False)])
 
     def forward(self, x):
         a = F.relu(self.bn1(x))
@@ -624,6 +634,8 @@ class CoRegNet(nn.Module):
 def device_of(net):
     return next(net.parameters()).device
 
+PARTS = ["net", "key_net", "queue", "optimizer"]
+
 class Learner:
     """One of the two networks, with all the state that belongs to it."""
     def __init__(self, net, cfg):
@@ -642,12 +654,11 @@ class Learner:
 
     def state(self):
         """All of it, for a checkpoint."""
-        return dict(net=self.net.state_dict(), key_net=self.key_net.state_dict(),
-                    queue=self.queue.state_dict(), optimizer=self.optimizer.state_dict(),
-                    losses=self.losses)
+        parts = {name: getattr(self, name).state_dict() for name in PARTS}
+        return dict(parts, losses=self.losses)
 
     def restore(self, state):
-        for name in ("net", "key_net", "queue", "optimizer"):
+        for name in PARTS:
             getattr(self, name).load_state_dict(state[name])
         self.losses = [losses.to(device_of(self.net)) for losses in state["losses"]]
 
@@ -1020,27 +1031,24 @@ class Config:
     overwrite: bool = setting(False, "replace what --output-dir holds")
     save_every: int = setting(0, "epochs between checkpoints; 0: 1 in a run to 100 epochs, else 10",
                               0)
-    resume: str = setting("", "go on with the run in this folder; alone: with the newest unfinished")
+    resume: str = setting("", "go on with the run of this folder; alone: the newest unfinished")
     predict: str = setting("", "label this image, or all below this folder, with --model")
     model: str = setting("", "for --predict: model.pt of a run")
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            if low is not None and not low <= value <= min(high, sys.float_info.max):  # nor nan
-                raise CoregError(f"{flag(f.name)}: expected {low:g} to {high:g}, got {value}")
-        if self.warm_up >= self.epochs:
-            raise CoregError(f"--warm-up: expected below --epochs {self.epochs}, got "
-                             f"{self.warm_up}; set both")
-        if self.annotator == "tiny" and (self.dataset, self.templates) != ("digits", "digits"):
-            raise CoregError("--annotator tiny: expected --dataset digits, --templates digits, got "
-                             f"{self.dataset} and {self.templates}; try --annotator clip")
-        if self.annotator == "flip" and (self.annotations or self.prior == "clip"):
-            raise CoregError("--annotator flip: goes with neither --annotations nor --prior clip")
+            if low is not None:
+                expect(low <= value <= min(high, sys.float_info.max),  # nor nan
+                       flag(f.name), f"{low:g} to {high:g}", value)
+        expect(self.warm_up < self.epochs, "--warm-up", f"below --epochs {self.epochs} (set both)",
+               self.warm_up)
+        expect(self.annotator != "tiny" or (self.dataset, self.templates) == ("digits", "digits"),
+               "--annotator tiny", "--dataset digits and its templates", self.dataset)
+        expect(self.annotator != "flip" or not (self.annotations or self.prior == "clip"),
+               "--annotator flip", "no --annotations and no --prior clip", "one of them")
         parts = {part.strip() for part in self.ablate.split(",")} - {""}
-        if not parts <= set(ABLATIONS):
-            raise CoregError(f"--ablate: expected some of {', '.join(ABLATIONS)}, with commas "
-                             f"between, got {self.ablate!r}")
+        expect(parts <= set(ABLATIONS), "--ablate", "some of " + ",".join(ABLATIONS), self.ablate)
         self.proto_weight *= "prototype" not in parts
         self.contrastive_weight *= "contrastive" not in parts
         self.candidates = "argmax" if "multi-prompt" in parts else self.candidates
@@ -1090,10 +1098,8 @@ def pick_device(name):
     """--device -> torch.device; auto: cuda, else mps, else cpu."""
     have = [kind for kind, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps))
             if backend.is_available()] + ["cpu"]
-    try:
+    with advice(f"--device: expected auto or one of {have} here, got {name}"):
         return torch.zeros(1, device=have[0] if name == "auto" else name).device
-    except Exception as error:  # each backend raises its own kind
-        raise CoregError(f"--device: expected auto or one of {have} here, got {name}") from error
 
 def fast_at_bf16(device):
     if device.type == "cuda":
@@ -1120,7 +1126,7 @@ def lock(folder):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CoregError(f"--output-dir: another process works in {folder}; name another folder")
+            raise CoregError(f"--output-dir: another process works in {folder}; name another")
     return file
 
 FREE = {"data_dir", "num_workers", "device", "compile", "save_every", "output_dir", "resume",
@@ -1134,21 +1140,16 @@ def load_checkpoint(cfg):
         saved = [folder / "checkpoint.pt" for folder in every if
                  not (folder / "model.pt").exists() and (folder / "checkpoint.pt").exists() and
                  json.loads((folder / "config.json").read_text())["dataset"] == cfg.dataset]
-        if not saved:
-            raise CoregError("--resume: there is no unfinished run of " + cfg.dataset + " below " +
-                             (cfg.output_dir or "runs/") + "; name its folder, or leave --resume out")
+        expect(saved, "--resume", f"an unfinished run of {cfg.dataset}, or the folder of one",
+               "none; to begin a run, leave it out")
         path = max(saved, key=lambda file: file.stat().st_mtime)
     path = path / "checkpoint.pt" if path.is_dir() else path
-    try:
+    with advice(f"--resume: {path} is missing, damaged or no checkpoint of this version"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         old = Config(**state["config"])
-    except Exception as error:  # a file that is no checkpoint raises nearly any kind
-        raise CoregError(f"--resume: expected the folder of a run with its checkpoint.pt; {path} is "
-                         f"missing, damaged or of another version ({str(error)[:150]})") from error
     for name in cfg.given - FREE:
-        if getattr(old, name) != getattr(cfg, name):
-            raise CoregError(f"{flag(name)}: the run in {path.parent} has {getattr(old, name)}, got "
-                             f"{getattr(cfg, name)}; leave it out, or start another run")
+        expect(getattr(old, name) == getattr(cfg, name), flag(name),
+               f"{getattr(old, name)} as in {path.parent}", getattr(cfg, name))
     return (dataclasses.replace(old, **{name: getattr(cfg, name) for name in cfg.given & FREE}),
             path.parent, state)
 
@@ -1181,7 +1182,8 @@ def co_training_epoch(own, partner, split, prototypes, images, candidates, views
         terms, updated = co_training_terms(
             own, partner.net, prototypes, (x_w1, x_w2, x_s1, x_s2), (u_w1, u_w2, u_s1, u_s2),
             *(fetch(data, rows_x, own.net) for data in (candidates, clean_prob, probs)),
-            max(lam, 1 - lam), permutation, weight_u, epoch > cfg.warm_up + cfg.start_contrastive, cfg)  # ">": as published
+            max(lam, 1 - lam), permutation, weight_u,
+            epoch > cfg.warm_up + cfg.start_contrastive, cfg)  # ">": as published
         prototypes.copy_(updated)
         yield own.step(terms)
 
@@ -1212,28 +1214,24 @@ def train(cfg, images, candidates, prior, figures, folder, device, state=None):
         net.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and fast_at_bf16(device))
         net.compile() if cfg.compile else None
     prototypes, records = torch.zeros(shape[0], cfg.embedding_dim, device=device), []
-    digest = hashlib.sha256(candidates.cpu().numpy()).hexdigest()  # tells data and annotation
+    targets = digest(candidates.cpu().numpy())
     if state:
-        if state["digest"] != digest:
-            raise CoregError(f"--resume: images or annotations changed since {folder} was begun; "
-                             "bring them back, or start another run")
+        expect(state["targets"] == targets, "--resume", f"images and annotations as {folder} began "
+               "with", "others; bring those back, or start another run")
         for own, saved in zip(learners, state["learners"]):
             own.restore(saved)
         prototypes, records = state["prototypes"].to(device), state["records"]
         torch.set_rng_state(state["random"])
 
     def checkpoint():
-        file = io.BytesIO()  # in memory: an epoch that is cut off is forgotten whole
-        torch.save(dict(config=dataclasses.asdict(cfg), digest=digest, records=records,
-                        random=torch.get_rng_state(), prototypes=prototypes,
-                        learners=[own.state() for own in learners]), file)
-        return file.getvalue()
-
-    def write(name, content): write_atomically(folder / name, lambda file: file.write(content))
+        return packed(torch.save, dict(  # as bytes: an epoch that is cut off is forgotten whole
+            config=dataclasses.asdict(cfg), targets=targets, records=records, prototypes=prototypes,
+            random=torch.get_rng_state(), learners=[own.state() for own in learners]))
 
     saved, save_every = checkpoint(), cfg.save_every or (1 if cfg.epochs <= 100 else 10)
-    write("checkpoint.pt", saved)
-    write("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records).encode())
+    write_atomically(folder / "checkpoint.pt", saved)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    write_atomically(folder / "metrics.jsonl", lines.encode())
     print(" ".join(f"{name.removeprefix('test_'):>8.8}" for name in COLUMNS))
     try:
         for epoch in range(len(records), cfg.epochs):
@@ -1262,46 +1260,34 @@ def train(cfg, images, candidates, prior, figures, folder, device, state=None):
             records.append(dict(record, seconds=round(time.time() - start, 2)))
             saved = checkpoint()
             if (epoch + 1) % save_every == 0:
-                write("checkpoint.pt", saved)
+                write_atomically(folder / "checkpoint.pt", saved)
             with open(folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(records[-1]) + "\n")
             cells = [records[-1].get(name, "-") for name in COLUMNS]
             cells = (f"{c:8.4f}" if isinstance(c, float) else f"{c:>8}" for c in cells)
             print(*cells, flush=True)
     except OSError as error:
-        raise CoregError(f"stopped: cannot write in {folder} ({error.strerror}); the last checkpoint "
-                         f"is good: make room, then --resume {folder}", 1) from error
+        raise CoregError(f"stopped: cannot write in {folder} ({error.strerror}); the checkpoint of "
+                         f"before is good: make room, then --resume {folder}", 1) from error
     except KeyboardInterrupt:
-        write("checkpoint.pt", saved)
+        write_atomically(folder / "checkpoint.pt", saved)
         raise CoregError(f"interrupted; to go on: python coreg.py --resume {folder}", 130)
     return learners, views, records
-
-def save_model(path, learners, views, class_names, cfg):
-    """Both networks and all that is needed to use them; see Classifier."""
-    write_atomically(path, partial(torch.save, dict(
-        networks=[{name: v.cpu() for name, v in own.net.state_dict().items()} for own in learners],
-        class_names=class_names, mean=views.mean.cpu(), std=views.std.cpu(), channels=cfg.channels,
-        image_size=cfg.image_size, width=cfg.width, embedding_dim=cfg.embedding_dim)))
 
 class Classifier:
     """model.pt of a run as a function: uint8 [N,C,S,S] -> probabilities [N,K] of class_names."""
     def __init__(self, path, device="cpu"):
-        try:
+        with advice(f"--model: {path} is missing, damaged or no model.pt of this version"):
             saved = torch.load(path, map_location=device, weights_only=True)
-            self.class_names, self.channels = saved["class_names"], saved["channels"]
-            self.image_size, shape = saved["image_size"], (saved["width"], saved["embedding_dim"])
-            self.nets = [CoRegNet(len(self.class_names), self.channels, self.image_size, *shape)
-                         for _ in saved["networks"]]
-            for net, state in zip(self.nets, saved["networks"]):
-                net.to(device).load_state_dict(state)
+            self.class_names, self.shape = saved["class_names"], saved["shape"]
             self.views = Views("photo", saved["mean"], saved["std"])
-        except Exception as error:  # a file that is no model raises nearly any kind
-            raise CoregError(f"--model: expected model.pt of a run; {path} is missing, damaged or "
-                             f"of another version ({str(error)[:150]})") from error
+            self.nets = [CoRegNet(*self.shape).to(device) for _ in saved["networks"]]
+            for net, state in zip(self.nets, saved["networks"]):
+                net.load_state_dict(state)
 
     def prepare(self, image):
         """PIL image -> uint8 [C,S,S]."""
-        return to_square(image, self.image_size, self.channels)
+        return to_square(image, self.shape[2], self.shape[1])
 
     def __call__(self, images):
         return (sum(predict(net, images, self.views) for net in self.nets) / 2).softmax(1)
@@ -1310,46 +1296,36 @@ def predict_files(cfg):
     """--predict: label an image, or all below a folder, with --model, into predictions.csv."""
     source, classify = Path(cfg.predict), Classifier(cfg.model, pick_device(cfg.device))
     target = Path(cfg.output_dir or Path(cfg.model).parent) / "predictions.csv"
-    if cfg.output_dir != "-" and target.exists() and not cfg.overwrite:
-        raise CoregError(f"--output-dir: {target} exists; name another folder, or add --overwrite")
+    expect(cfg.output_dir == "-" or cfg.overwrite or not target.exists(), "--output-dir",
+           "another folder, or --overwrite", f"{target}, which exists")
     paths = [source] if source.is_file() else find_images(source)
-    pairs, table, read = Files(paths, [None] * len(paths), []), io.StringIO(newline=""), set()
+    table, read = io.StringIO(newline=""), set()
     out = csv.writer(table, lineterminator="\n")
     out.writerow("path,label,confidence,label_2,confidence_2,label_3,confidence_3".split(","))
-    for images, _, rows in load_batches(pairs, classify.prepare, "predict", cfg.num_workers):
-        best = classify(images).topk(min(3, len(classify.class_names))) if rows else []
-        for row, shares, labels in zip(rows, *(column.tolist() for column in best)):
-            named = [(classify.class_names[k], f"{share:.4f}") for k, share in zip(labels, shares)]
+    for images, _, rows in load_batches(Files(paths), classify.prepare, "predict", cfg.num_workers):
+        best = classify(images).topk(min(3, len(classify.class_names))) if rows else ()
+        for row, *pairs in zip(rows, *(column.tolist() for column in best)):
+            named = [(classify.class_names[k], f"{share:.4f}") for share, k in zip(*pairs)]
             out.writerow([paths[row], *(cell for pair in named for cell in pair)])
         read.update(rows)
-    broken = [str(path) for row, path in enumerate(paths) if row not in read]
-    if not read:
-        raise CoregError(f"--predict {source}: expected an image or a folder with images; none of "
-                         f"{len(paths)} files can be read")
-    if broken:
-        print(f"skipped: {len(broken)} of {len(paths)} images cannot be read, such as",
-              ", ".join(broken[:5]), file=sys.stderr)
+    report_broken(paths, read)
+    expect(read, "--predict", f"an image or a folder with images, as {source}", "none to read")
     if cfg.output_dir == "-":
         return print(table.getvalue(), end="")
-    write_atomically(target, lambda file: file.write(table.getvalue().encode()))
+    write_atomically(target, table.getvalue().encode())
     print(f"{len(read)} predictions: {target}")
 
 def load_templates(cfg):
     """--templates: the name of a list, or a file with a template on each line."""
-    templates = TEMPLATES.get(cfg.templates)
+    templates = TEMPLATES.get(cfg.templates, read_lines(Path(cfg.templates)))
     if cfg.templates == "imagenet":
         import open_clip
         templates = [fill("{}") for fill in open_clip.OPENAI_IMAGENET_TEMPLATES]
-    elif templates is None:
-        path = Path(cfg.templates)
-        lines = path.read_text().splitlines() if path.is_file() else []
-        templates = [line.strip() for line in lines if line.strip()]
-        if not templates or any(line.count("{}") != 1 or "{" in line.replace("{}", "")
-                                for line in templates):
-            raise CoregError(f"--templates {cfg.templates}: expected {', '.join(TEMPLATES)}, or a "
-                             "file with one {} on each line")
-    if cfg.num_templates > len(templates):
-        raise CoregError(f"--num-templates: expected to {len(templates)}, got {cfg.num_templates}")
+    expect(templates and all(line.count("{}") == 1 == line.count("{") for line in templates),
+           "--templates", f"one of {', '.join(TEMPLATES)}, or a file with one {{}} on each line",
+           cfg.templates)
+    expect(cfg.num_templates <= len(templates), "--num-templates", f"to {len(templates)}",
+           cfg.num_templates)
     return templates[:cfg.num_templates or None]
 
 def on_device(images, device):
@@ -1361,17 +1337,15 @@ def run(cfg):
     """Data -> annotation -> training -> the files of the run and a table."""
     if cfg.predict:
         return predict_files(cfg)
-    state, table = None, {}
+    table = {}
     cfg, folder, state = load_checkpoint(cfg) if cfg.resume else (cfg, choose_folder(cfg), None)
     device, templates = pick_device(cfg.device), load_templates(cfg)
     train_set, test_set, class_names = read_dataset(cfg)
     images, labels, train_set = read_images(train_set, cfg, "read train")
     test_images, test_labels, test_set = read_images(test_set, cfg, "read test")
-    if len(images) < 2:
-        raise CoregError(f"--data-dir: expected images below {cfg.data_dir!r}, and none can be read")
-    if labels is None and cfg.needs_labels:
-        raise CoregError("--annotator flip and --method supervised: expected labels of all training "
-                         "images, got none")
+    expect(len(images) > 1, f"--data-dir {cfg.data_dir}", "images", "none that can be read")
+    expect(labels is not None or not cfg.needs_labels, "--annotator flip, --method supervised",
+           "a data set with labels of the training images", "none")
     print(f"{cfg.dataset}: {len(images)} training and {len(test_images)} test images, "
           f"{len(class_names)} classes, on {device}; results go to {folder}")
     num_classes, test_probs = len(class_names), None
@@ -1404,16 +1378,20 @@ def run(cfg):
         single = F.one_hot(shares.argmax(1), num_classes).float()
         targets = single if cfg.method == "hard" else shares
 
-    locked = lock(folder)
-    if not state:
-        for name in ("checkpoint.pt", "metrics.jsonl", "model.pt"):
-            (folder / name).unlink(missing_ok=True)
-        write_atomically(folder / "config.json", lambda file: file.write(
-            json.dumps(dataclasses.asdict(cfg), indent=1).encode()))
-    figures = partial(evaluate, labels, test_labels, on_device(test_images, device), candidates)
-    learners, views, records = train(cfg, on_device(images, device), targets.to(device),
-                                     prior.to(device), figures, folder, device, state)
-    save_model(folder / "model.pt", learners, views, class_names, cfg)
+    with lock(folder):
+        if not state:
+            for name in ("checkpoint.pt", "metrics.jsonl", "model.pt"):
+                (folder / name).unlink(missing_ok=True)
+            config = json.dumps(dataclasses.asdict(cfg), indent=1)
+            write_atomically(folder / "config.json", config.encode())
+        figures = partial(evaluate, labels, test_labels, on_device(test_images, device), candidates)
+        learners, views, records = train(cfg, on_device(images, device), targets.to(device),
+                                         prior.to(device), figures, folder, device, state)
+        write_atomically(folder / "model.pt", packed(torch.save, dict(
+            networks=[{name: value.cpu() for name, value in own.net.state_dict().items()}
+                      for own in learners], class_names=class_names, mean=views.mean.cpu(),
+            std=views.std.cpu(), shape=[num_classes, cfg.channels, cfg.image_size, cfg.width,
+                                        cfg.embedding_dim])))  # of CoRegNet
     if cfg.warm_up and cfg.method == "co-reg":
         table["test accuracy % after warm-up"] = records[cfg.warm_up - 1].get("test_acc")
     for name, key in {"network 1": "_net1", "network 2": "_net2", "both": ""}.items():
@@ -1422,7 +1400,6 @@ def run(cfg):
         if value is not None:
             print(f"{name:40} {value:6.2f}")
     print(f"(*: needs labels that training never sees)  The classifier: {folder / 'model.pt'}")
-    locked.close()
 
 def main(argv=None):
     """Run the command line -> exit code: 0, 1 (not finite), 2 (bad input), 130 (interrupted)."""
