@@ -239,7 +239,7 @@ def report_broken(names, kept):
               ", ".join(broken[:5]), file=sys.stderr)
 
 def read_images(pairs, cfg, task):
-    """Pairs -> (uint8 [N,C,S,S], labels int [N] or None, those pairs that can be read).
+    """Pairs -> (uint8 [N,C,S,S], labels int [N] or None, those pairs that can be read, names).
     A folder's images are decoded once, into one array on disk that is mapped, not read, later."""
     shape, names = (len(pairs), cfg.channels, cfg.image_size, cfg.image_size), range(len(pairs))
     path, transform = None, partial(to_square, size=cfg.image_size, channels=cfg.channels)
@@ -263,7 +263,8 @@ def read_images(pairs, cfg, task):
             write_atomically(path.with_suffix(".json"), json.dumps([kept, labels]).encode())
     report_broken(names, set(kept))
     labels = None if -1 in labels or not kept else torch.tensor(labels)
-    return torch.from_numpy(array[:len(kept)]), labels, Subset(pairs, kept)
+    names = [names[row] for row in kept]
+    return torch.from_numpy(array[:len(kept)]), labels, Subset(pairs, kept), names
 
 # (2) CLIP annotation -> candidate label sets -----------------------------------------------------
 # Template t and class k give the text feature u_tk, image i gives v_i; P[t,i,:] is the softmax
@@ -337,16 +338,21 @@ def read_annotations(path, num_images, num_classes, cfg):
 def load_clip(cfg, device):
     """open_clip's model, its preprocessing of PIL images, and its tokenizer."""
     import open_clip  # here, so that `import coreg` stays light
-    logging.disable(logging.ERROR)  # what it logs before it raises is said below, in one line
     name, weights = cfg.clip_model, cfg.clip_pretrained
-    hub = open_clip.get_pretrained_cfg(name, weights).get("hf_hub")
+    hub = open_clip.get_pretrained_cfg(name, weights).get("hf_hub") or ""
     near = difflib.get_close_matches(name, open_clip.list_models())
-    with advice(f"--clip-model {name} --clip-pretrained {weights} did not load: " + (
-            f"download huggingface.co/{hub}open_clip_model.safetensors and pass its path to "
-            "--clip-pretrained" if hub else "expected a file made for this model, one of its tags "
-            f"{open_clip.list_pretrained_tags_by_model(name)}, or another model, as {near}")):
-        model, _, preprocess = open_clip.create_model_and_transforms(
-            name, weights, device=device, require_pretrained=True)
+    hint = (f"expected a file made for this model, one of its tags "
+            f"{open_clip.list_pretrained_tags_by_model(name)}, or another model, as {near}")
+    if hub:
+        file = hub + "open_clip_model.safetensors" * hub.endswith("/")
+        hint = f"download huggingface.co/{file} and pass its path to --clip-pretrained"
+    logging.disable(logging.ERROR)  # what it logs before it raises is said here, in one line
+    try:
+        with advice(f"--clip-model {name} --clip-pretrained {weights} did not load: {hint}"):
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                name, weights, device=device, require_pretrained=True)
+    finally:
+        logging.disable(logging.NOTSET)
     return model.eval(), preprocess, open_clip.get_tokenizer(name)
 
 # TinyCLIP, the annotator of the digits, is open_clip's CLIP class and tokenizer in a tiny size,
@@ -965,6 +971,22 @@ def evaluate(train_labels, test_labels, test_images, candidates, nets, views, sp
         figures["pseudo_label_acc*"] = accuracy(splits[0][0] + splits[1][0], train_labels)
     return figures
 
+def print_classes(class_names, labels, before, after):
+    """Test accuracy per class, of the annotator's scores [N,K] and of both networks' [N,K]."""
+    for k, name in enumerate(class_names):
+        rows = (labels == k).nonzero()[:, 0]
+        if len(rows):
+            print(f"{name:40.40} {accuracy(before[rows], labels[rows]):6.2f} -> "
+                  f"{accuracy(after[rows], labels[rows]):6.2f}")
+
+def print_changes(class_names, names, before, after, count=10):
+    """Images whose label both networks changed most confidently: for the user's own eyes."""
+    old, (confidence, new) = before.argmax(1), after.softmax(1).max(1)
+    order = (confidence * (old != new)).argsort(descending=True)[:count].tolist()
+    for row in [row for row in order if old[row] != new[row]]:
+        print(f"{str(names[row]):40} {class_names[old[row]]} -> {class_names[new[row]]} "
+              f"({confidence[row]:.2f})")
+
 # (11) The training loop, checkpoints and the command line ----------------------------------------
 # After the warm-up, every epoch both networks split the data; network 1 then trains on the split of
 # network 2, and network 2 on that of network 1 ("co-divide"). One log line and one JSON object an
@@ -1200,6 +1222,15 @@ def mean_terms(steps, epoch):
                          f"{epoch + 1}, step {step + 1}; a smaller --lr may help", 1)
     return dict(zip(steps[0], table.mean(0).tolist()))
 
+def make_learner(cfg, num_classes, device):
+    """A new network with its state, on the device, in the precision and layout fastest there."""
+    net = CoRegNet(num_classes, cfg.channels, cfg.image_size, cfg.width, cfg.embedding_dim)
+    net.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and fast_at_bf16(device))
+    own = Learner(net.to(device, memory_format=torch.channels_last), cfg)
+    if cfg.compile:
+        own.net.compile(), own.key_net.compile()
+    return own
+
 def train(cfg, images, candidates, prior, figures, folder, device, state=None):
     """Train both networks -> (learners, views, one record per epoch, also kept in metrics.jsonl).
     images uint8 [N,C,S,S], anywhere; on `device`: candidates bool [N,K], or labels float [N,K];
@@ -1207,13 +1238,9 @@ def train(cfg, images, candidates, prior, figures, folder, device, state=None):
     checkpoint to go on from, all that the rest depends on."""
     torch.manual_seed(cfg.seed)
     views = Views(cfg.views, *(value.to(device) for value in channel_statistics(images)))
-    shape = (candidates.shape[1], cfg.channels, cfg.image_size, cfg.width, cfg.embedding_dim)
-    learners = [Learner(CoRegNet(*shape).to(device, memory_format=torch.channels_last), cfg)
-                for _ in range(2)]  # channels last: the layout in which convolutions are fastest
-    for net in (net for own in learners for net in (own.net, own.key_net)):
-        net.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and fast_at_bf16(device))
-        net.compile() if cfg.compile else None
-    prototypes, records = torch.zeros(shape[0], cfg.embedding_dim, device=device), []
+    learners = [make_learner(cfg, candidates.shape[1], device) for _ in range(2)]
+    prototypes = torch.zeros(candidates.shape[1], cfg.embedding_dim, device=device)
+    records = []
     targets = digest(candidates.cpu().numpy())
     if state:
         expect(state["targets"] == targets, "--resume", f"images and annotations as {folder} began "
@@ -1341,8 +1368,8 @@ def run(cfg):
     cfg, folder, state = load_checkpoint(cfg) if cfg.resume else (cfg, choose_folder(cfg), None)
     device, templates = pick_device(cfg.device), load_templates(cfg)
     train_set, test_set, class_names = read_dataset(cfg)
-    images, labels, train_set = read_images(train_set, cfg, "read train")
-    test_images, test_labels, test_set = read_images(test_set, cfg, "read test")
+    images, labels, train_set, names = read_images(train_set, cfg, "read train")
+    test_images, test_labels, test_set, _ = read_images(test_set, cfg, "read test")
     expect(len(images) > 1, f"--data-dir {cfg.data_dir}", "images", "none that can be read")
     expect(labels is not None or not cfg.needs_labels, "--annotator flip, --method supervised",
            "a data set with labels of the training images", "none")
@@ -1399,6 +1426,13 @@ def run(cfg):
     for name, value in table.items():
         if value is not None:
             print(f"{name:40} {value:6.2f}")
+    def both(pixels): return sum(predict(own.net, pixels, views).cpu() for own in learners) / 2
+    if test_probs is not None and test_labels is not None:
+        print("test accuracy % per class, mean of templates -> both networks:")
+        print_classes(class_names, test_labels, test_probs.float().mean(0), both(test_images))
+    if cfg.annotator != "flip":
+        print("training images whose label changed most confidently, annotator -> both networks:")
+        print_changes(class_names, names, shares, both(images))
     print(f"(*: needs labels that training never sees)  The classifier: {folder / 'model.pt'}")
 
 def main(argv=None):
