@@ -479,6 +479,21 @@ def cached_annotation(cfg, datasets, pixels, class_names, templates, device):
     print(f"annotation: written to {path}")
     return probs
 
+def label_sets(cfg, datasets, pixels, labels, class_names, templates, device):
+    """From whoever annotates -> candidates bool [N,K], shares [N,K] (mean over annotators, rows sum
+    to 1), test_probs float16 [T,N,K] or None. labels: read by `flip` alone."""
+    if cfg.annotator == "flip":
+        print("annotation: synthetic sets from the TRUE labels: a study of noise, not a result")
+        candidates = flip_candidates(labels, len(class_names), cfg.partial_rate, cfg.noise_rate,
+                                     torch.Generator().manual_seed(cfg.seed))
+        return candidates, F.normalize(candidates.float(), p=1, dim=1), None
+    if cfg.annotations:
+        return *read_annotations(cfg.annotations, len(pixels[0]), len(class_names), cfg), None
+    probs, test_probs = cached_annotation(cfg, datasets, pixels, class_names, templates, device)
+    rule = "multi_prompt" if cfg.candidates == "soft" else cfg.candidates
+    candidates = candidate_sets(probs, rule, cfg.top_k, cfg.ratio)
+    return candidates, probs.mean(0, dtype=torch.float32), test_probs
+
 # (3) Weak and strong views -----------------------------------------------------------------------
 # Images rest on the device as uint8. A view is made for a whole batch by tensor operations: weak =
 # random crop and flip; strong = weak, one random operation per image, and a grey square (cutout).
@@ -1066,7 +1081,8 @@ class Config:
         expect(self.warm_up < self.epochs, "--warm-up", f"below --epochs {self.epochs} (set both)",
                self.warm_up)
         expect(self.annotator != "tiny" or (self.dataset, self.templates) == ("digits", "digits"),
-               "--annotator tiny", "--dataset digits and its templates", self.dataset)
+               "--annotator tiny", "--dataset digits and --templates digits",
+               f"{self.dataset} and {self.templates}")
         expect(self.annotator != "flip" or not (self.annotations or self.prior == "clip"),
                "--annotator flip", "no --annotations and no --prior clip", "one of them")
         parts = {part.strip() for part in self.ablate.split(",")} - {""}
@@ -1120,8 +1136,11 @@ def pick_device(name):
     """--device -> torch.device; auto: cuda, else mps, else cpu."""
     have = [kind for kind, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps))
             if backend.is_available()] + ["cpu"]
-    with advice(f"--device: expected auto or one of {have} here, got {name}"):
-        return torch.zeros(1, device=have[0] if name == "auto" else name).device
+    expected = f"auto or one of {have} here"
+    with advice(f"--device: expected {expected}, got {name}"):
+        device = torch.zeros(1, device=have[0] if name == "auto" else name).device
+    expect(device.type in have, "--device", expected, name)
+    return device
 
 def fast_at_bf16(device):
     if device.type == "cuda":
@@ -1351,7 +1370,7 @@ def load_templates(cfg):
     expect(templates and all(line.count("{}") == 1 == line.count("{") for line in templates),
            "--templates", f"one of {', '.join(TEMPLATES)}, or a file with one {{}} on each line",
            cfg.templates)
-    expect(cfg.num_templates <= len(templates), "--num-templates", f"to {len(templates)}",
+    expect(cfg.num_templates <= len(templates), "--num-templates", f"0 to {len(templates)}",
            cfg.num_templates)
     return templates[:cfg.num_templates or None]
 
@@ -1360,11 +1379,44 @@ def on_device(images, device):
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 4 * images.nbytes
     return images.to(device) if images.nbytes <= free / 4 else images
 
+def choose_targets(cfg, candidates, shares, labels):
+    """What --method learns from: sets bool [N,K], or labels float [N,K] for cross-entropy."""
+    if cfg.method == "supervised":
+        print("supervised: trains on the TRUE labels: an upper bound, not a result")
+        return F.one_hot(labels, candidates.shape[1]).float()
+    if cfg.method == "hard":
+        return F.one_hot(shares.argmax(1), candidates.shape[1]).float()
+    return shares if cfg.method == "distill" else candidates
+
+def save_model(path, learners, views, class_names, cfg):
+    """All that Classifier needs."""
+    write_atomically(path, packed(torch.save, dict(
+        networks=[{name: value.cpu() for name, value in own.net.state_dict().items()}
+                  for own in learners], class_names=class_names, mean=views.mean.cpu(),
+        std=views.std.cpu(), shape=[len(class_names), cfg.channels, cfg.image_size, cfg.width,
+                                    cfg.embedding_dim])))  # of CoRegNet
+
+def print_table(cfg, candidates, labels, test_probs, test_labels, records):
+    """From the annotator to the last epoch, as far as labels exist."""
+    table = {}
+    if test_probs is not None and test_labels is not None:
+        single = [accuracy(probs, test_labels) for probs in test_probs]
+        table["zero-shot %, best single template*"] = max(single)
+        table["zero-shot %, mean of templates"] = accuracy(test_probs.float().mean(0), test_labels)
+    table["candidate sets with the true label* %"] = coverage(candidates, labels)
+    table["candidate sets, mean size"] = candidates.float().sum(1).mean().item()
+    if cfg.warm_up and cfg.method == "co-reg":
+        table["test accuracy % after warm-up"] = records[cfg.warm_up - 1].get("test_acc")
+    for name, key in {"network 1": "_net1", "network 2": "_net2", "both": ""}.items():
+        table[f"test accuracy % at the end, {name}"] = records[-1].get("test_acc" + key)
+    for name, value in table.items():
+        if value is not None:
+            print(f"{name:40} {value:6.2f}")
+
 def run(cfg):
     """Data -> annotation -> training -> the files of the run and a table."""
     if cfg.predict:
         return predict_files(cfg)
-    table = {}
     cfg, folder, state = load_checkpoint(cfg) if cfg.resume else (cfg, choose_folder(cfg), None)
     device, templates = pick_device(cfg.device), load_templates(cfg)
     train_set, test_set, class_names = read_dataset(cfg)
@@ -1373,59 +1425,25 @@ def run(cfg):
     expect(len(images) > 1, f"--data-dir {cfg.data_dir}", "images", "none that can be read")
     expect(labels is not None or not cfg.needs_labels, "--annotator flip, --method supervised",
            "a data set with labels of the training images", "none")
-    print(f"{cfg.dataset}: {len(images)} training and {len(test_images)} test images, "
-          f"{len(class_names)} classes, on {device}; results go to {folder}")
-    num_classes, test_probs = len(class_names), None
-    if cfg.annotator == "flip":
-        print("annotation: synthetic sets from the TRUE labels: a study of noise, not a result")
-        candidates = flip_candidates(labels, num_classes, cfg.partial_rate, cfg.noise_rate,
-                                     torch.Generator().manual_seed(cfg.seed))
-        shares = F.normalize(candidates.float(), p=1, dim=1)
-    elif cfg.annotations:
-        candidates, shares = read_annotations(cfg.annotations, len(images), num_classes, cfg)
-    else:
-        probs, test_probs = cached_annotation(cfg, [train_set, test_set], [images, test_images],
-                                              class_names, templates, device)
-        shares = probs.mean(0, dtype=torch.float32)  # [N,K]
-        rule = "multi_prompt" if cfg.candidates == "soft" else cfg.candidates
-        candidates = candidate_sets(probs, rule, cfg.top_k, cfg.ratio)
-        if test_labels is not None:
-            table["zero-shot %, best single template*"] = max(
-                accuracy(p, test_labels) for p in test_probs)
-            table["zero-shot %, mean of templates"] = accuracy(
-                test_probs.mean(0, dtype=torch.float32), test_labels)
-    table["candidate sets with the true label* %"] = coverage(candidates, labels)
-    table["candidate sets, mean size"] = candidates.float().sum(1).mean().item()
-    prior = shares.mean(0) if cfg.prior == "clip" else torch.full((num_classes,), 1 / num_classes)
-    targets = candidates
-    if cfg.method == "supervised":
-        print("supervised: trains on the TRUE labels: an upper bound, not a result")
-        targets = F.one_hot(labels, num_classes).float()
-    elif cfg.method in ("hard", "distill"):
-        single = F.one_hot(shares.argmax(1), num_classes).float()
-        targets = single if cfg.method == "hard" else shares
-
     with lock(folder):
+        print(f"{cfg.dataset}: {len(images)} training and {len(test_images)} test images, "
+              f"{len(class_names)} classes, on {device}; results go to {folder}")
+        candidates, shares, test_probs = label_sets(
+            cfg, [train_set, test_set], [images, test_images], labels, class_names, templates,
+            device)
+        targets = choose_targets(cfg, candidates, shares, labels)
+        prior = shares.mean(0) if cfg.prior == "clip" else torch.ones(len(class_names))
         if not state:
             for name in ("checkpoint.pt", "metrics.jsonl", "model.pt"):
                 (folder / name).unlink(missing_ok=True)
             config = json.dumps(dataclasses.asdict(cfg), indent=1)
             write_atomically(folder / "config.json", config.encode())
         figures = partial(evaluate, labels, test_labels, on_device(test_images, device), candidates)
-        learners, views, records = train(cfg, on_device(images, device), targets.to(device),
-                                         prior.to(device), figures, folder, device, state)
-        write_atomically(folder / "model.pt", packed(torch.save, dict(
-            networks=[{name: value.cpu() for name, value in own.net.state_dict().items()}
-                      for own in learners], class_names=class_names, mean=views.mean.cpu(),
-            std=views.std.cpu(), shape=[num_classes, cfg.channels, cfg.image_size, cfg.width,
-                                        cfg.embedding_dim])))  # of CoRegNet
-    if cfg.warm_up and cfg.method == "co-reg":
-        table["test accuracy % after warm-up"] = records[cfg.warm_up - 1].get("test_acc")
-    for name, key in {"network 1": "_net1", "network 2": "_net2", "both": ""}.items():
-        table[f"test accuracy % at the end, {name}"] = records[-1].get("test_acc" + key)
-    for name, value in table.items():
-        if value is not None:
-            print(f"{name:40} {value:6.2f}")
+        learners, views, records = train(
+            cfg, on_device(images, device), targets.to(device), (prior / prior.sum()).to(device),
+            figures, folder, device, state)
+        save_model(folder / "model.pt", learners, views, class_names, cfg)
+    print_table(cfg, candidates, labels, test_probs, test_labels, records)
     def both(pixels): return sum(predict(own.net, pixels, views).cpu() for own in learners) / 2
     if test_probs is not None and test_labels is not None:
         print("test accuracy % per class, mean of templates -> both networks:")
