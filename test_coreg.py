@@ -2011,42 +2011,88 @@ class Stopwatch:
             times.append(self.now() - start)
         return float(np.median(times[1:]))
 
+def benchmark_annotation(args, device, watch):
+    """What annotation of images that are in memory costs beside the image encoder of CLIP alone."""
+    model, _, preprocess = open_clip.create_model_and_transforms(args.clip, device=device)
+    model, tokenizer = model.eval(), open_clip.get_tokenizer(args.clip)
+    pairs = [(Image.fromarray(np.random.randint(0, 256, (32, 32, 3), np.uint8)), None)
+             for _ in range(args.images)]
+    ready = torch.stack([preprocess(image) for image, _ in pairs[:256]]).to(device)
+    names, templates = C.DIGITS, C.TEMPLATES["small"]
+
+    def annotate(some):
+        C.annotate(model, tokenizer, C.load_batches(some, preprocess, "annotate", 2), names,
+                   templates, device)
+
+    @torch.inference_mode()
+    def encode():
+        for _ in range(0, args.images, len(ready)):
+            model.encode_image(ready)
+    times = [(watch.median(lambda: annotate(pairs), 1), watch.median(lambda: annotate([]), 1),
+              watch.median(encode, 1)) for _ in range(args.repeats)]
+    whole, texts, alone = (float(np.median(column)) for column in zip(*times))
+    print(json.dumps(dict(clip=args.clip, images=args.images, device=str(device), prompts_s=texts,
+                          images_s=whole - texts, encoder_alone_s=alone,
+                          overhead=(whole - texts) / alone)))
+
 def benchmark(argv=None):
     """One table and one JSON line: what co-training costs beside its network calls alone."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     description=benchmark.__doc__)
-    for flag, value in (("--width", 64), ("--batch-size", 128), ("--image-size", 32),
-                        ("--images", 256), ("--clean", 204), ("--repeats", 5)):
-        parser.add_argument(flag, type=int, default=value)
-    parser.add_argument("--channels", type=int, default=3)
-    parser.add_argument("--views", default="photo")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"])
-    parser.add_argument("--compile", action="store_true")
-    args = parser.parse_args(argv)
-    device = C.pick_device(args.device)
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=benchmark.__doc__,
+        epilog="All else, as --width, --image-size, --device or --precision, is as for coreg.py; "
+               "without --dataset: --dataset cifar10 --batch-size 128.")
+    for name, value in (("--images", 256), ("--clean", 204), ("--repeats", 5)):
+        parser.add_argument(name, type=int, default=value)
+    parser.add_argument("--epoch-only", action="store_true", help="time epochs, to compare sizes")
+    parser.add_argument("--clip", help="time annotation by this open_clip model, random weights")
+    args, rest = parser.parse_known_args(argv)
+    paper = [] if "--dataset" in rest else ["--dataset", "cifar10", "--batch-size", "128"]
+    cfg = C.parse([*paper, *rest])
+    device = C.pick_device(cfg.device)
     torch.set_num_threads(os.cpu_count())
     torch.manual_seed(0)
-    cfg = C.Config(dataset="cifar10", width=args.width, batch_size=args.batch_size,
-                   views=args.views, image_size=args.image_size, channels=args.channels,
-                   precision=args.precision,
-                   compile=args.compile, epochs=100)
-    n, k, side = args.images, 10, args.image_size
-    images = torch.randint(256, (n, args.channels, side, side), dtype=torch.uint8).to(device)
+    n, k, side = args.images, 10, cfg.image_size
+    images = torch.randint(256, (n, cfg.channels, side, side), dtype=torch.uint8).to(device)
     candidates = (torch.rand(n, k) < 0.2).to(device)
-    views = C.Views(args.views, *C.channel_statistics(images))
-    learners = [C.make_learner(cfg, k, device) for _ in range(2)]
-    own, partner = learners
+    views = C.Views(cfg.views, *C.channel_statistics(images))
+    watch = Stopwatch(device)
+    if args.clip:
+        return benchmark_annotation(args, device, watch)
+    own = C.make_learner(cfg, k, device)
     clean_prob = (torch.arange(n, device=device) < args.clean).float()
     split = torch.rand(n, k, device=device).softmax(1), clean_prob
-    prototypes, watch = torch.zeros(k, cfg.embedding_dim, device=device), Stopwatch(device)
+    prototypes, prior = torch.zeros(k, cfg.embedding_dim, device=device), torch.ones(k) / k
 
-    def epoch():  # 90: all terms are on
-        for _ in C.co_training_epoch(own, partner, split, prototypes, images, candidates, views,
-                                     cfg, 90):
+    def memory():
+        return 2 ** -20 * (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else
+                           resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+    def latency(count, *nets):
+        return 1000 * watch.median(lambda: [C.predict(x.net, images[:count], views) for x in nets],
+                                   5)
+
+    def epoch(rows=slice(None)):  # so late that all terms are on
+        for _ in C.co_training_epoch(own, partner, [part[rows] for part in split], prototypes,
+                                     images[rows], candidates[rows], views, cfg, cfg.epochs):
             steps.append(1)
 
+    def whole_epoch():
+        C.split_data(own, images, views, candidates, prior.to(device), cfg)
+        epoch()
+
     calls, steps = [], []
+    if args.epoch_only:
+        partner = own
+        epoch(slice(args.clean - 512, args.clean + 512))  # the first steps are slow
+        seconds = watch.median(whole_epoch, args.repeats)
+        return print(json.dumps(dict(
+            images=n, ms_per_image=1000 * seconds / n, peak_memory_mib=memory(),
+            images_mib=images.nbytes / 2 ** 20)))
+    # One plainly trained network: one pass over the images with one label each.
+    plain = watch.median(lambda: list(C.warm_up_epoch(own, images, split[0], views, cfg)), 3)
+    plain_memory, few = memory(), min(256, n)
+    plain_latency = latency(1, own), latency(few, own)
+    partner = C.make_learner(cfg, k, device)
 
     def note(net, inputs):
         calls.append((net, inputs[0].shape, torch.is_grad_enabled(), net.training, len(steps)))
@@ -2088,9 +2134,8 @@ def benchmark(argv=None):
     for restore in undo:
         restore()
     warm = watch.median(lambda: list(C.warm_up_epoch(own, images, candidates, views, cfg)), 3)
-    plain = watch.median(lambda: list(C.warm_up_epoch(own, images, split[0], views, cfg)), 3)
     both = 2 * (whole + watch.median(lambda: C.split_data(
-        own, images, views, candidates, torch.full((k,), 1 / k, device=device), cfg), 3))
+        own, images, views, candidates, prior.to(device), cfg), 3))
     floats = views.plain(images)
 
     @torch.inference_mode()
@@ -2100,10 +2145,6 @@ def benchmark(argv=None):
     evaluation = [(watch.median(lambda: C.predict(own.net, images, views), 1),
                    watch.median(forward_only, 1)) for _ in range(args.repeats)]
     evaluate, evaluate_alone = (float(np.median(column)) for column in zip(*evaluation))
-    latency = {b: watch.median(lambda: [C.predict(x.net, images[:b], views) for x in learners], 5)
-               for b in (1, min(256, n))}
-    memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else
-              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     result = {
         "clean images/s, co-training of one network": args.clean / whole,
         "seconds per step": whole / count, "seconds per step, network alone": alone / count,
@@ -2111,16 +2152,20 @@ def benchmark(argv=None):
         **{f"share of {name} %": 100 * seconds / shared for name, seconds in watch.seconds.items()},
         "warm-up images/s": n / warm, "evaluation images/s": n / evaluate,
         "evaluation, share of the network's own speed %": 100 * evaluate_alone / evaluate,
-        "epoch of both networks / epoch of one plain network": both / plain,
-        "prediction by both networks, 1 image, ms": 1000 * latency[1],
-        f"prediction by both networks, {min(256, n)} images, ms": 1000 * latency[min(256, n)],
-        "peak memory MiB": memory / 2 ** 20,
+        "epoch, seconds": both, "epoch of one plain network, seconds": plain,
+        "peak memory, MiB": memory(), "peak memory of one plain network, MiB": plain_memory,
+        "prediction, 1 image, ms": latency(1, own, partner),
+        "prediction of one plain network, 1 image, ms": plain_latency[0],
+        f"prediction, {few} images, ms": latency(few, own, partner),
+        f"prediction of one plain network, {few} images, ms": plain_latency[1],
         "parameters of one network": sum(p.numel() for p in own.net.parameters())}
+    asked = dict(vars(args), **{name: getattr(cfg, name) for name in (
+        "width", "batch_size", "image_size", "channels", "views", "queue_size", "compile")})
     print(f"{device}, {'bf16' if own.net.bf16 else 'fp32'}, torch {torch.__version__}, "
-          f"{torch.get_num_threads()} threads, {vars(args)}")
+          f"{torch.get_num_threads()} threads, {asked}")
     for name, value in result.items():
         print(f"{name:52} {value:14,.3f}")
-    print(json.dumps(dict(vars(args), bf16=own.net.bf16, **result)))
+    print(json.dumps(dict(asked, bf16=own.net.bf16, **result)))
 
 if __name__ == "__main__":
     benchmark()
