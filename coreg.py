@@ -491,31 +491,25 @@ def label_sets(cfg, datasets, pixels, labels, class_names, templates, device):
     return candidates, probs.mean(0, dtype=torch.float32), test_probs
 
 # (3) Weak and strong views -----------------------------------------------------------------------
-# Images rest on the device as uint8. A view is made for a whole batch by tensor operations: weak =
-# random crop and flip; strong = weak, one random operation per image, and a grey square (cutout).
+# Images rest as uint8. A view is made for a whole batch [B,C,S,S] in [0,1] by tensor operations:
+# weak = random crop and flip; strong = weak, one random operation per image, and a grey square.
 # Random numbers are drawn on the CPU: the same seed gives the same views on every device.
-
-def random_crop(images, padding, flip):
-    """[B,C,S,S]: pad by `padding` black pixels, cut a random SxS window, mirror half if `flip`."""
-    n, _, _, side = images.shape
-    offset = torch.randint(2 * padding + 1, (2, n, 1))
-    rows, columns = offset + torch.arange(side)  # [B,S] each
-    columns = torch.where(torch.rand(n, 1) < (0.5 if flip else 0), columns.flip(1), columns)
-    batch, rows, columns = (index.to(images.device) for index in (
-        torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None]))
-    channels_last = F.pad(images, [padding] * 4).permute(0, 2, 3, 1)
-    return channels_last[batch, rows, columns].permute(0, 3, 1, 2)
 
 def warp(images, coefficients, mode="nearest", bend=0):
     """Each image of [B,C,S,S] under its own affine map: what (x,y), in -1..1, shows comes from
     (ax+by+c, dx+ey+f) + bend; black outside. coefficients a..f: numbers or [B]; bend [B,S,S,2]."""
     if not len(images):
         return images
-    theta = images.new_empty(6, len(images))
-    for i, value in enumerate(coefficients):
-        theta[i] = value
-    grid = F.affine_grid(theta.T.view(-1, 2, 3), images.shape, align_corners=False) + bend
+    theta = torch.stack([images.new_zeros(len(images)) + value for value in coefficients], 1)
+    grid = F.affine_grid(theta.view(-1, 2, 3), images.shape, align_corners=False) + bend
     return F.grid_sample(images, grid, mode, align_corners=False)
+
+def random_crop(images, padding, flip):
+    """Shift each of [B,C,S,S] by up to `padding` whole pixels, then mirror half if `flip`."""
+    n, side = len(images), images.shape[-1]
+    y, x = 2 / side * (torch.randint(2 * padding + 1, (2, n)) - padding).to(images.device)
+    mirror = torch.where(torch.rand(n) < (0.5 if flip else 0), -1, 1).to(images.device)
+    return warp(images, (mirror, 0, x, 0, 1, y))
 
 def rotate(images, angle, scale=1, shift_x=0, shift_y=0, mode="nearest"):
     """Turn counter-clockwise by `angle` [B] in radians about the centre, scaled and shifted."""
@@ -529,7 +523,7 @@ def posterize(images, bits):
     step = 2 ** (8 - bits.view(-1, 1, 1, 1))  # keep the upper `bits` [B] of each 8-bit value
     return (images * 255).round().div(step, rounding_mode="floor") * step / 255
 
-# RandAugment: float images [B,C,S,S] in [0,1] and for each a strength u [B], uniform in [0,1).
+# RandAugment: images [B,C,S,S] in [0,1] and for each a strength u [B], uniform in [0,1).
 OPERATIONS = {
     "identity": lambda x, u: x,
     "autocontrast": lambda x, u: TF.autocontrast(x),
@@ -588,9 +582,8 @@ class Views:
 
     def moved(self, images):
         if self.kind == "digit":
-            return random_affine(images.float() / 255, turn=0, scale=0, shift=1 / 16)
-        padding = round(images.shape[-1] / 8)
-        return random_crop(images, padding, flip=self.kind != "sign").float() / 255
+            return random_affine(images / 255, turn=0, scale=0, shift=1 / 16)
+        return random_crop(images / 255, round(images.shape[-1] / 8), flip=self.kind != "sign")
 
     def weak(self, images):
         return self.plain(self.moved(images))
@@ -598,7 +591,7 @@ class Views:
     def strong(self, images):
         side = images.shape[-1]
         if self.kind == "digit":
-            images = random_affine(images.float() / 255, turn=20, scale=0.15, shift=0.1)
+            images = random_affine(images / 255, turn=20, scale=0.15, shift=0.1)
             return self.plain(cutout(images, 0, side / 3))
         if self.kind == "grey":
             return self.plain(cutout(self.moved(images), 16, 16))
