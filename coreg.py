@@ -28,6 +28,7 @@ from sklearn.datasets import load_digits
 from sklearn.mixture import GaussianMixture
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
+from torchvision.ops import Conv2dNormActivation
 from tqdm import tqdm
 
 # Letters in shape comments: N images, K classes, T prompt templates, B batch, C channels, S image
@@ -315,21 +316,20 @@ def read_annotations(path, num_images, num_classes, cfg):
         with np.load(path, allow_pickle=False) as file:
             name = next(name for name in ("candidates", "probs", "votes") if name in file)
             array = torch.from_numpy(file[name])
-    shape = dict(candidates=[num_images, num_classes], votes=[len(array), num_images],
-                 probs=[len(array), num_images, num_classes])[name]
-    expect(len(array) and list(array.shape) == shape, f"--annotations {path}: {name}", f"{shape}, "
-           f"for {num_images} images and {num_classes} classes", list(array.shape))
+        shape = dict(candidates=[num_images, num_classes], votes=[len(array), num_images],
+                     probs=[len(array), num_images, num_classes])[name]
     low, high = (-1, num_classes - 1) if name == "votes" else (0, 1)
     good = (array >= low) & (array <= high + 1e-3)  # NaN is not good
-    expect(good.all() and not (name == "votes" and array.is_floating_point()),
-           f"--annotations {path}: {name}", f"numbers from {low} to {high}", "others")
+    expect(good.all() and len(array) and list(array.shape) == shape
+           and not (name == "votes" and array.is_floating_point()), f"--annotations {path}: {name}",
+           f"{shape} (N={num_images}, K={num_classes}), numbers from {low} to {high}",
+           f"{list(array.shape)} of {array.dtype}, {int((~good).sum())} out of range")
     if name == "votes":
         shares = sum(F.one_hot(votes.long() + 1, num_classes + 1)[:, 1:] for votes in array)
     else:
         shares = array.float().mean(0) if name == "probs" else array
     empty = ~shares.bool().any(1)  # [N]
-    if empty.any():
-        print(f"annotation: {int(empty.sum())} images have no label: all classes are candidates")
+    print(f"annotation: {int(empty.sum())} images have no label: all classes are candidates")
     shares = F.normalize(shares.float() + empty[:, None], p=1, dim=1)  # [N,K]
     if cfg.candidates not in ("multi_prompt", "soft"):
         return candidate_sets(shares[None], cfg.candidates, cfg.top_k, cfg.ratio), shares
@@ -338,6 +338,7 @@ def read_annotations(path, num_images, num_classes, cfg):
 def load_clip(cfg, device):
     """open_clip's model, its preprocessing of PIL images, and its tokenizer."""
     import open_clip  # here, so that `import coreg` stays light
+    logging.disable(logging.ERROR)  # what it logs before it raises is said here, in one line
     name, weights = cfg.clip_model, cfg.clip_pretrained
     hub = open_clip.get_pretrained_cfg(name, weights).get("hf_hub") or ""
     near = difflib.get_close_matches(name, open_clip.list_models())
@@ -346,13 +347,9 @@ def load_clip(cfg, device):
     if hub:
         file = hub + "open_clip_model.safetensors" * hub.endswith("/")
         hint = f"download huggingface.co/{file} and pass its path to --clip-pretrained"
-    logging.disable(logging.ERROR)  # what it logs before it raises is said here, in one line
-    try:
-        with advice(f"--clip-model {name} --clip-pretrained {weights} did not load: {hint}"):
-            model, _, preprocess = open_clip.create_model_and_transforms(
-                name, weights, device=device, require_pretrained=True)
-    finally:
-        logging.disable(logging.NOTSET)
+    with advice(f"--clip-model {name} --clip-pretrained {weights} did not load: {hint}"):
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            name, weights, device=device, require_pretrained=True)
     return model.eval(), preprocess, open_clip.get_tokenizer(name)
 
 # TinyCLIP, the annotator of the digits, is open_clip's CLIP class and tokenizer in a tiny size,
@@ -368,18 +365,15 @@ def draw_glyphs(size=64, height=52):
         for digit in "0123456789":
             image = Image.new("L", (96, 96))
             ImageDraw.Draw(image).text((8, 8), digit, fill=255, font=font)
-            image = image.crop(image.getbbox())
-            width = round(height * image.width / image.height)
-            image = image.resize((width, height), Image.BICUBIC)
+            image = ImageOps.contain(image.crop(image.getbbox()), (size, height))
             glyphs.append(TF.center_crop(TF.pil_to_tensor(image), size) / 255)
     return torch.stack(glyphs)
 
 def render_glyphs(glyphs, classes, side=32):
     """Classes [B] -> images [B,1,8,8] in [0,1], and which of the digit templates are true [B,T]."""
-    n, column, place = len(classes), (-1, 1, 1, 1), torch.arange(float(side))
+    n, column = len(classes), (-1, 1, 1, 1)
     def uniform(low, high): return torch.rand(n) * (high - low) + low
-    def ends(hit): return (torch.where(hit, place, side).amin(1),
-                           torch.where(hit, place + 1, 0).amax(1))
+    def ends(hit): return hit.int().argmax(1), side - hit.flip(1).int().argmax(1)  # [B,S] -> [B]
     angle, shear, waist = uniform(-.25, .25), uniform(-.4, .4), uniform(-.3, .3)
     wide, tall, wobble = uniform(.8, 1.4), uniform(.95, 1.25), uniform(0, .2)
     font, stroke, blur = torch.randint(2, (n,)), torch.randint(3, (n,)), torch.rand(n) < .25
@@ -387,9 +381,10 @@ def render_glyphs(glyphs, classes, side=32):
     turn = ((cos + shear * sin) / wide, (shear * cos - sin) / wide, 0, sin / tall, cos / tall, 0)
     noise = F.interpolate(torch.randn(n, 2, 4, 4), size=side, mode="bicubic").permute(0, 2, 3, 1)
     lean = torch.stack([uniform(-.15, .15), waist], 1).view(n, 1, 1, 2)  # of the middle alone
-    square = (2 * torch.stack(torch.meshgrid(place, place, indexing="xy"), 2) + 1) / side - 1
+    middle = 1 - ((2 * torch.arange(side) + 1) / side - 1) ** 2  # [S]: 1, and 0 at both borders
+    middle = torch.stack(torch.meshgrid(middle, middle, indexing="xy"), 2)  # [S,S,2]
     images = warp(F.avg_pool2d(glyphs, 2)[classes + 10 * font], turn, "bilinear",
-                  wobble.view(column) * noise + lean * (1 - square ** 2))
+                  wobble.view(column) * noise + lean * middle)
     for i in (1, 2):  # thicken the stroke by one pixel, and by one more
         thick = F.max_pool2d(F.pad(images, (i - 1, 2 - i, i - 1, 2 - i)), 2, 1)
         images = torch.where((stroke >= i).view(column), thick, images)
@@ -400,9 +395,8 @@ def render_glyphs(glyphs, classes, side=32):
     width = torch.maximum((right - left) / side, height * uniform(1, 1.4))
     box = (width, 0, (left + right) / side - 1, 0, height, (top + bottom) / side - 1)
     images = F.avg_pool2d(warp(images, box, "bilinear"), side // 8)
-    plain = torch.full((n,), .35)  # the plain caption is always true; it is chosen less often
-    true = torch.stack([  # in the order of the templates
-        plain, stroke == 2, stroke == 0, wide < .95, wide > 1.25, shear.abs() > .25,
+    true = torch.stack([  # in the order of the templates; the plain one is chosen less often
+        torch.full((n,), .35), stroke == 2, stroke == 0, wide < .95, wide > 1.25, shear.abs() > .25,
         angle.abs() > .17, wobble > .14, blur, waist < -.18, waist > .18, font == 1])
     return images / images.amax((1, 2, 3), keepdim=True).clamp_min(.05), true.T
 
@@ -416,11 +410,10 @@ def load_tiny(folder, device):
     torch.manual_seed(TINY_SEED)
     model = CLIP(64, dict(image_size=8, patch_size=8, layers=1, width=8, head_width=8),
                  dict(context_length=12, vocab_size=49408, width=32, heads=2, layers=1))
-    sizes = [(1, 24, 1), (24, 48, 2), (48, 48, 1), (48, 96, 2)]  # in, out, stride
-    layers = [layer for i, o, stride in sizes for layer in (
-        nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())]
+    sizes = [(1, 24, 3, 1), (24, 48, 3, 2), (48, 48, 3, 1), (48, 96, 3, 2)]  # in, out, side, stride
     model.visual = nn.Sequential(  # in place of the transformer: convolutions suit 8x8 pixels
-        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 64))
+        *(Conv2dNormActivation(*size) for size in sizes),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 64))
     tokenizer = SimpleTokenizer(context_length=12)
     path = folder / f"tiny-clip-{TINY_STEPS}x{TINY_BATCH}-{TINY_SEED}.pt"
     try:
@@ -453,25 +446,23 @@ def cached_annotation(cfg, datasets, pixels, class_names, templates, device):
     """Probabilities float16 [T,N,K] of each dataset, from the cache or from the annotator.
     DIFFERS: the published cache knows only its folder, so an unseeded split could pair it with
     other images. This one is named after the pixels, weights, class names and templates."""
-    model, weights = cfg.clip_model, Path(cfg.clip_pretrained)
-    weights = digest(weights.read_bytes()) if weights.is_file() else str(weights)
-    if cfg.annotator == "tiny":
-        model, weights = "tiny", [TINY_STEPS, TINY_BATCH, TINY_SEED]
-    path = cache_path(cfg, cfg.annotator + ".npz", [SPLIT_SEED, class_names, templates, model,
-                                                    weights, [digest(p.numpy()) for p in pixels]])
-    names = ["probs", "test_probs"]
+    weights, tiny = Path(cfg.clip_pretrained), cfg.annotator == "tiny"
+    made_by = ["tiny", [TINY_STEPS, TINY_BATCH, TINY_SEED]] if tiny else [
+        cfg.clip_model, digest(weights.read_bytes()) if weights.is_file() else str(weights)]
+    path = cache_path(cfg, cfg.annotator + ".npz", [SPLIT_SEED, class_names, templates, *made_by,
+                                                    [digest(p.numpy()) for p in pixels]])
     try:
         with np.load(path, allow_pickle=False) as file:
-            probs = [torch.from_numpy(file[name]) for name in names]
+            probs = [torch.from_numpy(file[name]) for name in ("probs", "test_probs")]
             print(f"annotation: read from {path}")
             return probs
     except Exception:  # not there, or cut off, which raises many kinds
         print("annotation: made now" + f", since {path} cannot be read" * path.exists())
-    model, preprocess, tokenizer = (load_tiny(path.parent, device) if cfg.annotator == "tiny" else
+    model, preprocess, tokenizer = (load_tiny(path.parent, device) if tiny else
                                     load_clip(cfg, device))
     batches = (load_batches(pairs, preprocess, "annotate", cfg.num_workers) for pairs in datasets)
     probs = [annotate(model, tokenizer, some, class_names, templates, device) for some in batches]
-    write_atomically(path, packed(np.savez, **dict(zip(names, map(np.asarray, probs)))))
+    write_atomically(path, packed(np.savez, probs=probs[0], test_probs=probs[1]))
     print(f"annotation: written to {path}")
     return probs
 
@@ -609,12 +600,10 @@ class PreActBlock(nn.Module):
         self.bn1, self.bn2 = nn.BatchNorm2d(in_channels), nn.BatchNorm2d(channels)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        same = stride == 1 and in_channels == channels
-        self.shortcut = nn.Sequential(
-            # A 1x1 convolution with a stride, in two steps: oneDNN's own (seen with torch 2.6 and
-            # 2.14) writes out of bounds in its backward pass: under 16 channels, channels last.
-            *[] if same else [nn.AvgPool2d(1, stride),
-                              nn.Conv2d(in_channels, channels, 1, bias=False)])
+        # A strided 1x1 convolution, in two steps: oneDNN's own (seen with torch 2.6 and 2.14)
+        # writes out of bounds in its backward pass: under 16 channels, channels last.
+        self.shortcut = nn.Identity() if stride == 1 and in_channels == channels else nn.Sequential(
+            nn.AvgPool2d(1, stride), nn.Conv2d(in_channels, channels, 1, bias=False))
 
     def forward(self, x):
         a = F.relu(self.bn1(x))
@@ -644,10 +633,10 @@ class CoRegNet(nn.Module):
 def device_of(net):
     return next(net.parameters()).device
 
-PARTS = ["net", "key_net", "queue", "optimizer"]
-
 class Learner:
     """One of the two networks, with all the state that belongs to it."""
+    parts = ["net", "key_net", "queue", "optimizer"]  # and losses: what a checkpoint holds
+
     def __init__(self, net, cfg):
         self.net, self.key_net = net, copy.deepcopy(net).requires_grad_(False)
         self.queue = MomentumQueue(cfg.queue_size, cfg.embedding_dim).to(device_of(net))
@@ -663,12 +652,11 @@ class Learner:
         return {name: term.detach() for name, term in terms.items()}
 
     def state(self):
-        """All of it, for a checkpoint."""
-        parts = {name: getattr(self, name).state_dict() for name in PARTS}
+        parts = {name: getattr(self, name).state_dict() for name in self.parts}
         return dict(parts, losses=self.losses)
 
     def restore(self, state):
-        for name in PARTS:
+        for name in self.parts:
             getattr(self, name).load_state_dict(state[name])
         self.losses = [losses.to(device_of(self.net)) for losses in state["losses"]]
 
