@@ -837,12 +837,12 @@ def test_tiny_preprocess_by_hand(value, expected):
     image = C.tiny_preprocess(Image.new("RGB", (30, 20), (value,) * 3))
     torch.testing.assert_close(image, torch.full((1, 8, 8), expected))
 
-def few_steps(monkeypatch, steps, batch, images):
-    for name, value in dict(TINY_STEPS=steps, TINY_BATCH=batch, TINY_IMAGES=images).items():
+def few_steps(monkeypatch, steps, batch):
+    for name, value in dict(TINY_STEPS=steps, TINY_BATCH=batch).items():
         monkeypatch.setattr(C, name, value)
 
 def test_load_tiny_trains_once(monkeypatch, tmp_path, capsys):
-    few_steps(monkeypatch, 3, 8, 2)
+    few_steps(monkeypatch, 3, 8)
     train, runs = C.pretrain_tiny, []
     monkeypatch.setattr(C, "pretrain_tiny", lambda *args: runs.append(train(*args)))
     def load():
@@ -860,11 +860,11 @@ def test_load_tiny_trains_once(monkeypatch, tmp_path, capsys):
     path.write_bytes(b"cut off")
     assert same(first, load()) and len(runs) == 2  # anew, from the same seed
     assert same(first, torch.load(path))
-    few_steps(monkeypatch, 4, 8, 2)
+    few_steps(monkeypatch, 4, 8)
     assert not same(first, load()) and len(runs) == 3  # another recipe, another file
 
 def test_pretrain_tiny_learns_the_digits(monkeypatch, tmp_path):
-    few_steps(monkeypatch, 100, 64, 20)
+    few_steps(monkeypatch, 100, 64)
     model, _, tokenizer = C.load_tiny(tmp_path, "cpu")
     classes = torch.arange(500) % 10
     batches = [(2 * C.render_glyphs(GLYPHS, classes)[0] - 1, None)]
@@ -1937,7 +1937,6 @@ def test_resume_after_kill(photos, tmp_path, monkeypatch):
 def test_digits_from_annotation_to_metrics(tmp_path, monkeypatch, capsys):
     """The embedded default in small: TinyCLIP hardly trained, three epochs."""
     monkeypatch.setattr(C, "TINY_STEPS", 30)
-    monkeypatch.setattr(C, "TINY_IMAGES", 4)
     args = ["--data-dir", str(tmp_path / "data"), "--output-dir", str(tmp_path / "run"), "--epochs",
             "3", "--warm-up", "2", "--width", "4", "--start-contrastive", "0",
             "--num-samples", "200"]
