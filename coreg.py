@@ -97,8 +97,7 @@ def open_image(path):
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 class Files:
@@ -123,17 +122,16 @@ def read_folder(cfg, split):
     folder = test if split == "test" else train if train.is_dir() else root
     paths = [path for path in find_images(folder)
              if (path.parent != test if split == "test" else test not in path.parents)]
-    folders = [path.relative_to(folder).parts[0] for path in paths]  # the one right below
     names = read_lines(Path(cfg.classes)) or cfg.classes.split(",") if cfg.classes else (
-        sorted(path.name for path in train.glob("*/")))
+        sorted(path.name for path in train.glob("*") if path.is_dir()))
     classes = [name.strip().replace("_", " ") for name in names]
     expect(len(set(classes)) == len(classes) > 1 and all(classes), "--classes", "two or more "
            "names, as \"cat,dog\", a file with one per line, or folders train/<class>/", classes)
     if split == "train" and not cfg.needs_labels:
         return Files(paths, None, classes)
-    labels = [name.replace("_", " ") for name in folders]
-    expect(set(labels) <= set(classes), f"folders in {folder}", f"names out of {classes}",
-           sorted(set(labels) - set(classes)))
+    labels = [path.relative_to(folder).parts[0].replace("_", " ") for path in paths]
+    others = sorted(set(labels) - set(classes))
+    expect(not others, f"folders in {folder}", f"names out of {classes}", others)
     return Files(paths, [classes.index(label) for label in labels], classes)
 
 class Row(NamedTuple):
@@ -143,10 +141,6 @@ class Row(NamedTuple):
     holdout: bool = False     # there is no test part: a seeded fifth is kept for it
     preset: dict = {}         # fields of Config that differ from their defaults
 
-def standard(reader):
-    """A torchvision class with train=True or False -> read(cfg, split)."""
-    return lambda cfg, split: reader(cfg.data_dir, split == "train", download=True)
-
 GREY = dict(channels=1, epochs=100, views="grey")
 DATASETS = {
     "digits": Row(read_digits, "nothing, it comes with scikit-learn", DIGITS, True, dict(
@@ -155,11 +149,14 @@ DATASETS = {
         queue_size=1024, precision="fp32")),  # so small a network is faster without bf16
     "folder": Row(read_folder, "images (JPEG, PNG, WebP, BMP); or train/ and test/<class>/",
                   preset=dict(epochs=100)),
-    "cifar10": Row(standard(tv.CIFAR10), "cifar-10-batches-py/"),
-    "cifar100": Row(standard(tv.CIFAR100), "cifar-100-python/", preset=dict(warm_up=100)),
+    "cifar10": Row(lambda cfg, split: tv.CIFAR10(cfg.data_dir, split == "train", download=True),
+                   "cifar-10-batches-py/"),
+    "cifar100": Row(lambda cfg, split: tv.CIFAR100(cfg.data_dir, split == "train", download=True),
+                    "cifar-100-python/", preset=dict(warm_up=100)),
     "svhn": Row(lambda cfg, split: tv.SVHN(cfg.data_dir, split, download=True), "*_32x32.mat",
                 [f"number {i}" for i in range(10)], preset=dict(views="sign")),
-    "fmnist": Row(standard(tv.FashionMNIST), "FashionMNIST/raw/", preset=dict(GREY, image_size=28)),
+    "fmnist": Row(lambda cfg, split: tv.FashionMNIST(cfg.data_dir, split == "train", download=True),
+                  "FashionMNIST/raw/", preset=dict(GREY, image_size=28)),
     "eurosat": Row(lambda cfg, split: tv.EuroSAT(cfg.data_dir, download=True), "eurosat/2750/",
                    holdout=True, preset=dict(image_size=64, epochs=100)),
     "fer2013": Row(lambda cfg, split: tv.FER2013(cfg.data_dir), "fer2013/fer2013.csv, from "
@@ -252,7 +249,7 @@ def read_images(pairs, cfg, task):
         kept, labels = json.loads(path.with_suffix(".json").read_text())
         array = np.load(path, mmap_mode="c")
     except (AttributeError, OSError, ValueError):  # no path, no file, or one that is cut off
-        array, kept, labels = np.empty(shape, np.uint8), [], []
+        array, kept, labels = np.empty(shape, np.uint8), [], []  # no memory is touched yet
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
@@ -260,7 +257,6 @@ def read_images(pairs, cfg, task):
             array[len(kept):len(kept) + len(rows)] = images
             kept, labels = kept + rows, labels + some
         if path:  # the neighbour comes last: it says that the array is complete
-            array.flush()
             write_atomically(path.with_suffix(".json"), json.dumps([kept, labels]).encode())
     report_broken(names, set(kept))
     labels = None if -1 in labels or not kept else torch.tensor(labels)
@@ -273,10 +269,9 @@ def read_images(pairs, cfg, task):
 # small where they agree, and perhaps without the true label (paper, section 3.1).
 
 def candidate_sets(probs, mode="multi_prompt", top_k=5, ratio=0.5):
-    """probs [T,N,K], rows sum to 1 -> candidate sets bool [N,K].
-    multi_prompt: the argmax of every template. The other modes use the mean over templates:
-    argmax: its largest; top_k: its `top_k` largest (at most K); ratio: those of the `top_k` largest
-    that reach `ratio` (0..1) times the largest. Raises ValueError for any other mode."""
+    """probs [T,N,K], rows sum to 1 -> candidate sets bool [N,K]. Modes: multi_prompt: the argmax of
+    every template. Of the mean over templates: argmax; top_k: the `top_k` largest (at most K);
+    ratio: those of them that reach `ratio` (0..1) times the largest. Others: ValueError."""
     sets = torch.zeros(probs.shape[1:], dtype=torch.bool, device=probs.device)
     if mode == "multi_prompt":
         return sets.scatter_(1, probs.argmax(2).T, True)
@@ -341,9 +336,9 @@ def load_clip(cfg, device):
     logging.disable(logging.ERROR)  # what it logs before it raises is said here, in one line
     name, weights = cfg.clip_model, cfg.clip_pretrained
     hub = open_clip.get_pretrained_cfg(name, weights).get("hf_hub") or ""
+    tags = open_clip.list_pretrained_tags_by_model(name)
     near = difflib.get_close_matches(name, open_clip.list_models())
-    hint = (f"expected a file made for this model, one of its tags "
-            f"{open_clip.list_pretrained_tags_by_model(name)}, or another model, as {near}")
+    hint = f"expected a file made for this model, a tag out of {tags}, or another model, as {near}"
     if hub:
         file = hub + "open_clip_model.safetensors" * hub.endswith("/")
         hint = f"download huggingface.co/{file} and pass its path to --clip-pretrained"
@@ -355,7 +350,6 @@ def load_clip(cfg, device):
 # TinyCLIP, the annotator of the digits, is open_clip's CLIP class and tokenizer in a tiny size,
 # trained on ANOTHER domain: glyphs of Pillow's two fonts under random geometry, with captions that
 # truly describe the drawing. It has never seen a handwritten digit.
-
 TINY_STEPS, TINY_BATCH, TINY_SEED = 600, 128, 0
 
 def draw_glyphs(size=64, height=52):
@@ -405,16 +399,16 @@ def tiny_preprocess(image):
 
 def load_tiny(folder, device):
     """TinyCLIP, its preprocessing and tokenizer; pre-trained at first use and kept in `folder`."""
-    from open_clip.model import CLIP
-    from open_clip.tokenizer import SimpleTokenizer
+    import open_clip
     torch.manual_seed(TINY_SEED)
-    model = CLIP(64, dict(image_size=8, patch_size=8, layers=1, width=8, head_width=8),
-                 dict(context_length=12, vocab_size=49408, width=32, heads=2, layers=1))
+    model = open_clip.CLIP(
+        64, dict(image_size=8, patch_size=8, layers=1, width=8, head_width=8),
+        dict(context_length=12, vocab_size=49408, width=32, heads=2, layers=1))
     sizes = [(1, 24, 3, 1), (24, 48, 3, 2), (48, 48, 3, 1), (48, 96, 3, 2)]  # in, out, side, stride
     model.visual = nn.Sequential(  # in place of the transformer: convolutions suit 8x8 pixels
         *(Conv2dNormActivation(*size) for size in sizes),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 64))
-    tokenizer = SimpleTokenizer(context_length=12)
+    tokenizer = open_clip.SimpleTokenizer(context_length=12)
     path = folder / f"tiny-clip-{TINY_STEPS}x{TINY_BATCH}-{TINY_SEED}.pt"
     try:
         model.load_state_dict(torch.load(path, weights_only=True))
@@ -576,8 +570,7 @@ class Views:
             return random_affine(images / 255, turn=0, scale=0, shift=1 / 16)
         return random_crop(images / 255, round(images.shape[-1] / 8), flip=self.kind != "sign")
 
-    def weak(self, images):
-        return self.plain(self.moved(images))
+    def weak(self, images): return self.plain(self.moved(images))
 
     def strong(self, images):
         side = images.shape[-1]
@@ -635,8 +628,6 @@ def device_of(net):
 
 class Learner:
     """One of the two networks, with all the state that belongs to it."""
-    parts = ["net", "key_net", "queue", "optimizer"]  # and losses: what a checkpoint holds
-
     def __init__(self, net, cfg):
         self.net, self.key_net = net, copy.deepcopy(net).requires_grad_(False)
         self.queue = MomentumQueue(cfg.queue_size, cfg.embedding_dim).to(device_of(net))
@@ -652,13 +643,14 @@ class Learner:
         return {name: term.detach() for name, term in terms.items()}
 
     def state(self):
-        parts = {name: getattr(self, name).state_dict() for name in self.parts}
-        return dict(parts, losses=self.losses)
+        """All of it, for a checkpoint."""
+        return {name: value if name == "losses" else value.state_dict()
+                for name, value in vars(self).items()}
 
     def restore(self, state):
-        for name in self.parts:
-            getattr(self, name).load_state_dict(state[name])
         self.losses = [losses.to(device_of(self.net)) for losses in state["losses"]]
+        for name in state.keys() - {"losses"}:
+            getattr(self, name).load_state_dict(state[name])
 
 # (5) Warm-up -------------------------------------------------------------------------------------
 # For the first epochs each network learns alone, on strong views, that its candidate set as a whole
