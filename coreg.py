@@ -335,13 +335,12 @@ def load_clip(cfg, device):
     import open_clip  # here, so that `import coreg` stays light
     logging.disable(logging.ERROR)  # what it logs before it raises is said here, in one line
     name, weights = cfg.clip_model, cfg.clip_pretrained
-    hub = open_clip.get_pretrained_cfg(name, weights).get("hf_hub") or ""
+    hub = open_clip.get_pretrained_cfg(name, weights).get("hf_hub", "")
+    hub += "open_clip_model.safetensors" * hub.endswith("/")
     tags = open_clip.list_pretrained_tags_by_model(name)
     near = difflib.get_close_matches(name, open_clip.list_models())
-    hint = f"expected a file made for this model, a tag out of {tags}, or another model, as {near}"
-    if hub:
-        file = hub + "open_clip_model.safetensors" * hub.endswith("/")
-        hint = f"download huggingface.co/{file} and pass its path to --clip-pretrained"
+    hint = (f"download huggingface.co/{hub} and pass its path to --clip-pretrained" if hub else
+            f"expected a file made for it, one of its tags {tags}, or another model, as {near}")
     with advice(f"--clip-model {name} --clip-pretrained {weights} did not load: {hint}"):
         model, _, preprocess = open_clip.create_model_and_transforms(
             name, weights, device=device, require_pretrained=True)
@@ -527,13 +526,13 @@ OPERATIONS = {
 
 def random_operation(images):
     """One operation with one strength per image [B,C,S,S]: each runs once, on its own images."""
-    choice, strength = torch.randint(len(OPERATIONS), (len(images),)), torch.rand(len(images))
-    order = choice.argsort()
-    counts = choice.bincount(minlength=len(OPERATIONS)).tolist()  # on the CPU: nothing waits
-    place, strength = order.to(images.device), strength[order].to(images.device)
-    groups = zip(OPERATIONS.values(), images[place].split(counts), strength.split(counts))
-    changed = torch.cat([operation(x, u) if len(x) else x for operation, x, u in groups])
-    return torch.empty_like(images).index_copy_(0, place, changed.clamp(0, 1))
+    choice = torch.randint(len(OPERATIONS), (len(images),))  # stays on the CPU: nothing waits
+    changed, strength = torch.empty_like(images), torch.rand(len(images)).to(images.device)
+    for number, operation in enumerate(OPERATIONS.values()):
+        rows = (choice == number).nonzero()[:, 0].to(images.device)
+        if len(rows):
+            changed[rows] = operation(images[rows], strength[rows])
+    return changed.clamp_(0, 1)
 
 def random_affine(images, turn, scale, shift):
     """Turn by up to `turn` degrees, scale and shift by up to these shares; [B,C,S,S] in [0,1]."""
@@ -608,8 +607,7 @@ class CoRegNet(nn.Module):
     def __init__(self, num_classes, in_channels=3, image_size=32, width=64, embedding_dim=128):
         super().__init__()
         strides = (2 if image_size >= 64 else 1, 2, 2, 2)  # large images are halved once more
-        stem = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
-        layers = [stem, nn.BatchNorm2d(width), nn.ReLU()]
+        layers = [Conv2dNormActivation(in_channels, width)]  # 3x3, BatchNorm, ReLU
         for dim, stride in zip((width, 2 * width, 4 * width, 8 * width), strides):
             layers += [PreActBlock(max(width, dim // 2), dim, stride), PreActBlock(dim, dim, 1)]
         self.encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())  # [B, 8*width]
