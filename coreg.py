@@ -249,7 +249,7 @@ def read_images(pairs, cfg, task):
         kept, labels = json.loads(path.with_suffix(".json").read_text())
         array = np.load(path, mmap_mode="c")
     except (AttributeError, OSError, ValueError):  # no path, no file, or one that is cut off
-        array, kept, labels = np.empty(shape, np.uint8), [], []  # no memory is touched yet
+        array, kept, labels = np.empty(shape, np.uint8), [], []
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
@@ -489,7 +489,7 @@ def warp(images, coefficients, mode="nearest", bend=0):
     return F.grid_sample(images, grid, mode, align_corners=False)
 
 def random_crop(images, padding, flip):
-    """Shift each of [B,C,S,S] by up to `padding` whole pixels, then mirror half if `flip`."""
+    """[B,C,S,S], each shifted by up to `padding` whole pixels (black comes in), half mirrored."""
     n, side = len(images), images.shape[-1]
     y, x = 2 / side * (torch.randint(2 * padding + 1, (2, n)) - padding).to(images.device)
     mirror = torch.where(torch.rand(n) < (0.5 if flip else 0), -1, 1).to(images.device)
