@@ -202,9 +202,8 @@ def decode(pairs, transform, rows):
 def load_batches(pairs, transform, task, num_workers):
     """decode() over all pairs in order, in background processes where they are many."""
     workers = num_workers if len(pairs) > 4096 else 0  # few images are faster without
-    return tqdm(DataLoader(range(len(pairs)), 256, num_workers=workers,
-                           collate_fn=partial(decode, pairs, transform)),
-                desc=task, disable=None, leave=False)
+    return tqdm(DataLoader(range(len(pairs)), 256, num_workers=workers, collate_fn=partial(
+        decode, pairs, transform)), desc=task, disable=None, leave=False)
 
 def write_atomically(path, content):
     """Write bytes into a neighbour, then rename: `path` is never half-written."""
@@ -272,7 +271,7 @@ def candidate_sets(probs, mode="multi_prompt", top_k=5, ratio=0.5):
     """probs [T,N,K], rows sum to 1 -> candidate sets bool [N,K]. Modes: multi_prompt: the argmax of
     every template. Of the mean over templates: argmax; top_k: the `top_k` largest (at most K);
     ratio: those of them that reach `ratio` (0..1) times the largest. Others: ValueError."""
-    sets = torch.zeros(probs.shape[1:], dtype=torch.bool, device=probs.device)
+    sets = torch.zeros_like(probs[0], dtype=torch.bool)  # [N,K]
     if mode == "multi_prompt":
         return sets.scatter_(1, probs.argmax(2).T, True)
     if mode not in ("argmax", "top_k", "ratio"):
@@ -400,9 +399,8 @@ def load_tiny(folder, device):
     """TinyCLIP, its preprocessing and tokenizer; pre-trained at first use and kept in `folder`."""
     import open_clip
     torch.manual_seed(TINY_SEED)
-    model = open_clip.CLIP(
-        64, dict(image_size=8, patch_size=8, layers=1, width=8, head_width=8),
-        dict(context_length=12, vocab_size=49408, width=32, heads=2, layers=1))
+    model = open_clip.CLIP(64, dict(image_size=8, patch_size=8, layers=1, width=8, head_width=8),
+                           dict(context_length=12, vocab_size=49408, width=32, heads=2, layers=1))
     sizes = [(1, 24, 3, 1), (24, 48, 3, 2), (48, 48, 3, 1), (48, 96, 3, 2)]  # in, out, side, stride
     model.visual = nn.Sequential(  # in place of the transformer: convolutions suit 8x8 pixels
         *(Conv2dNormActivation(*size) for size in sizes),
@@ -451,9 +449,8 @@ def cached_annotation(cfg, datasets, pixels, class_names, templates, device):
             return probs
     except Exception:  # not there, or cut off, which raises many kinds
         print("annotation: made now" + f", since {path} cannot be read" * path.exists())
-    model, preprocess, tokenizer = (load_tiny(path.parent, device) if tiny else
-                                    load_clip(cfg, device))
-    batches = (load_batches(pairs, preprocess, "annotate", cfg.num_workers) for pairs in datasets)
+    model, prepare, tokenizer = load_tiny(path.parent, device) if tiny else load_clip(cfg, device)
+    batches = (load_batches(pairs, prepare, "annotate", cfg.num_workers) for pairs in datasets)
     probs = [annotate(model, tokenizer, some, class_names, templates, device) for some in batches]
     write_atomically(path, packed(np.savez, probs=probs[0], test_probs=probs[1]))
     print(f"annotation: written to {path}")

@@ -307,7 +307,8 @@ def test_parse_takes_the_defaults_of_the_data_set(name, differs):
 @pytest.mark.parametrize("name", C.DATASETS)
 def test_parse_lets_every_preset_be_overridden(name):
     preset = C.DATASETS[name].preset
-    words = dict(tiny="clip", digits="small", digit="photo", sign="photo", grey="photo")
+    words = dict(tiny="clip", digits="small", digit="photo", sign="photo", grey="photo",
+                 fp32="auto")
     for key, value in preset.items():
         other = {int: lambda: 3 if key == "channels" else value + 1, float: lambda: value / 2,
                  str: lambda: words[value]}[type(value)]()
