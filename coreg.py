@@ -28,6 +28,7 @@ from sklearn.datasets import load_digits
 from sklearn.mixture import GaussianMixture
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
+from torchvision.ops import Conv2dNormActivation
 from tqdm import tqdm
 
 # Letters in shape comments: N images, K classes, T prompt templates, B batch, C channels, S image
@@ -96,8 +97,7 @@ def open_image(path):
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 class Files:
@@ -122,17 +122,16 @@ def read_folder(cfg, split):
     folder = test if split == "test" else train if train.is_dir() else root
     paths = [path for path in find_images(folder)
              if (path.parent != test if split == "test" else test not in path.parents)]
-    folders = [path.relative_to(folder).parts[0] for path in paths]  # the one right below
     names = read_lines(Path(cfg.classes)) or cfg.classes.split(",") if cfg.classes else (
-        sorted(path.name for path in train.glob("*/")))
+        sorted(path.name for path in train.glob("*") if path.is_dir()))
     classes = [name.strip().replace("_", " ") for name in names]
     expect(len(set(classes)) == len(classes) > 1 and all(classes), "--classes", "two or more "
            "names, as \"cat,dog\", a file with one per line, or folders train/<class>/", classes)
     if split == "train" and not cfg.needs_labels:
         return Files(paths, None, classes)
-    labels = [name.replace("_", " ") for name in folders]
-    expect(set(labels) <= set(classes), f"folders in {folder}", f"names out of {classes}",
-           sorted(set(labels) - set(classes)))
+    labels = [path.relative_to(folder).parts[0].replace("_", " ") for path in paths]
+    others = sorted(set(labels) - set(classes))
+    expect(not others, f"folders in {folder}", f"names out of {classes}", others)
     return Files(paths, [classes.index(label) for label in labels], classes)
 
 class Row(NamedTuple):
@@ -142,10 +141,6 @@ class Row(NamedTuple):
     holdout: bool = False     # there is no test part: a seeded fifth is kept for it
     preset: dict = {}         # fields of Config that differ from their defaults
 
-def standard(reader):
-    """A torchvision class with train=True or False -> read(cfg, split)."""
-    return lambda cfg, split: reader(cfg.data_dir, split == "train", download=True)
-
 GREY = dict(channels=1, epochs=100, views="grey")
 DATASETS = {
     "digits": Row(read_digits, "nothing, it comes with scikit-learn", DIGITS, True, dict(
@@ -154,11 +149,14 @@ DATASETS = {
         queue_size=1024, precision="fp32")),  # so small a network is faster without bf16
     "folder": Row(read_folder, "images (JPEG, PNG, WebP, BMP); or train/ and test/<class>/",
                   preset=dict(epochs=100)),
-    "cifar10": Row(standard(tv.CIFAR10), "cifar-10-batches-py/"),
-    "cifar100": Row(standard(tv.CIFAR100), "cifar-100-python/", preset=dict(warm_up=100)),
+    "cifar10": Row(lambda cfg, split: tv.CIFAR10(cfg.data_dir, split == "train", download=True),
+                   "cifar-10-batches-py/"),
+    "cifar100": Row(lambda cfg, split: tv.CIFAR100(cfg.data_dir, split == "train", download=True),
+                    "cifar-100-python/", preset=dict(warm_up=100)),
     "svhn": Row(lambda cfg, split: tv.SVHN(cfg.data_dir, split, download=True), "*_32x32.mat",
                 [f"number {i}" for i in range(10)], preset=dict(views="sign")),
-    "fmnist": Row(standard(tv.FashionMNIST), "FashionMNIST/raw/", preset=dict(GREY, image_size=28)),
+    "fmnist": Row(lambda cfg, split: tv.FashionMNIST(cfg.data_dir, split == "train", download=True),
+                  "FashionMNIST/raw/", preset=dict(GREY, image_size=28)),
     "eurosat": Row(lambda cfg, split: tv.EuroSAT(cfg.data_dir, download=True), "eurosat/2750/",
                    holdout=True, preset=dict(image_size=64, epochs=100)),
     "fer2013": Row(lambda cfg, split: tv.FER2013(cfg.data_dir), "fer2013/fer2013.csv, from "
@@ -204,9 +202,8 @@ def decode(pairs, transform, rows):
 def load_batches(pairs, transform, task, num_workers):
     """decode() over all pairs in order, in background processes where they are many."""
     workers = num_workers if len(pairs) > 4096 else 0  # few images are faster without
-    return tqdm(DataLoader(range(len(pairs)), 256, num_workers=workers,
-                           collate_fn=partial(decode, pairs, transform)),
-                desc=task, disable=None, leave=False)
+    return tqdm(DataLoader(range(len(pairs)), 256, num_workers=workers, collate_fn=partial(
+        decode, pairs, transform)), desc=task, disable=None, leave=False)
 
 def write_atomically(path, content):
     """Write bytes into a neighbour, then rename: `path` is never half-written."""
@@ -259,7 +256,6 @@ def read_images(pairs, cfg, task):
             array[len(kept):len(kept) + len(rows)] = images
             kept, labels = kept + rows, labels + some
         if path:  # the neighbour comes last: it says that the array is complete
-            array.flush()
             write_atomically(path.with_suffix(".json"), json.dumps([kept, labels]).encode())
     report_broken(names, set(kept))
     labels = None if -1 in labels or not kept else torch.tensor(labels)
@@ -272,11 +268,10 @@ def read_images(pairs, cfg, task):
 # small where they agree, and perhaps without the true label (paper, section 3.1).
 
 def candidate_sets(probs, mode="multi_prompt", top_k=5, ratio=0.5):
-    """probs [T,N,K], rows sum to 1 -> candidate sets bool [N,K].
-    multi_prompt: the argmax of every template. The other modes use the mean over templates:
-    argmax: its largest; top_k: its `top_k` largest (at most K); ratio: those of the `top_k` largest
-    that reach `ratio` (0..1) times the largest. Raises ValueError for any other mode."""
-    sets = torch.zeros(probs.shape[1:], dtype=torch.bool, device=probs.device)
+    """probs [T,N,K], rows sum to 1 -> candidate sets bool [N,K]. Modes: multi_prompt: the argmax of
+    every template. Of the mean over templates: argmax; top_k: the `top_k` largest (at most K);
+    ratio: those of them that reach `ratio` (0..1) times the largest. Others: ValueError."""
+    sets = torch.zeros_like(probs[0], dtype=torch.bool)  # [N,K]
     if mode == "multi_prompt":
         return sets.scatter_(1, probs.argmax(2).T, True)
     if mode not in ("argmax", "top_k", "ratio"):
@@ -315,21 +310,20 @@ def read_annotations(path, num_images, num_classes, cfg):
         with np.load(path, allow_pickle=False) as file:
             name = next(name for name in ("candidates", "probs", "votes") if name in file)
             array = torch.from_numpy(file[name])
-    shape = dict(candidates=[num_images, num_classes], votes=[len(array), num_images],
-                 probs=[len(array), num_images, num_classes])[name]
-    expect(len(array) and list(array.shape) == shape, f"--annotations {path}: {name}", f"{shape}, "
-           f"for {num_images} images and {num_classes} classes", list(array.shape))
+        shape = dict(candidates=[num_images, num_classes], votes=[len(array), num_images],
+                     probs=[len(array), num_images, num_classes])[name]
     low, high = (-1, num_classes - 1) if name == "votes" else (0, 1)
     good = (array >= low) & (array <= high + 1e-3)  # NaN is not good
-    expect(good.all() and not (name == "votes" and array.is_floating_point()),
-           f"--annotations {path}: {name}", f"numbers from {low} to {high}", "others")
+    expect(good.all() and len(array) and list(array.shape) == shape
+           and not (name == "votes" and array.is_floating_point()), f"--annotations {path}: {name}",
+           f"{shape} (N={num_images}, K={num_classes}), numbers from {low} to {high}",
+           f"{list(array.shape)} of {array.dtype}, {int((~good).sum())} out of range")
     if name == "votes":
         shares = sum(F.one_hot(votes.long() + 1, num_classes + 1)[:, 1:] for votes in array)
     else:
         shares = array.float().mean(0) if name == "probs" else array
     empty = ~shares.bool().any(1)  # [N]
-    if empty.any():
-        print(f"annotation: {int(empty.sum())} images have no label: all classes are candidates")
+    print(f"annotation: {int(empty.sum())} images have no label: all classes are candidates")
     shares = F.normalize(shares.float() + empty[:, None], p=1, dim=1)  # [N,K]
     if cfg.candidates not in ("multi_prompt", "soft"):
         return candidate_sets(shares[None], cfg.candidates, cfg.top_k, cfg.ratio), shares
@@ -338,27 +332,22 @@ def read_annotations(path, num_images, num_classes, cfg):
 def load_clip(cfg, device):
     """open_clip's model, its preprocessing of PIL images, and its tokenizer."""
     import open_clip  # here, so that `import coreg` stays light
-    name, weights = cfg.clip_model, cfg.clip_pretrained
-    hub = open_clip.get_pretrained_cfg(name, weights).get("hf_hub") or ""
-    near = difflib.get_close_matches(name, open_clip.list_models())
-    hint = (f"expected a file made for this model, one of its tags "
-            f"{open_clip.list_pretrained_tags_by_model(name)}, or another model, as {near}")
-    if hub:
-        file = hub + "open_clip_model.safetensors" * hub.endswith("/")
-        hint = f"download huggingface.co/{file} and pass its path to --clip-pretrained"
     logging.disable(logging.ERROR)  # what it logs before it raises is said here, in one line
-    try:
-        with advice(f"--clip-model {name} --clip-pretrained {weights} did not load: {hint}"):
-            model, _, preprocess = open_clip.create_model_and_transforms(
-                name, weights, device=device, require_pretrained=True)
-    finally:
-        logging.disable(logging.NOTSET)
+    name, weights = cfg.clip_model, cfg.clip_pretrained
+    hub = open_clip.get_pretrained_cfg(name, weights).get("hf_hub", "")
+    hub += "open_clip_model.safetensors" * hub.endswith("/")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    near = difflib.get_close_matches(name, open_clip.list_models())
+    hint = (f"download huggingface.co/{hub} and pass its path to --clip-pretrained" if hub else
+            f"expected a file made for it, one of its tags {tags}, or another model, as {near}")
+    with advice(f"--clip-model {name} --clip-pretrained {weights} did not load: {hint}"):
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            name, weights, device=device, require_pretrained=True)
     return model.eval(), preprocess, open_clip.get_tokenizer(name)
 
 # TinyCLIP, the annotator of the digits, is open_clip's CLIP class and tokenizer in a tiny size,
 # trained on ANOTHER domain: glyphs of Pillow's two fonts under random geometry, with captions that
 # truly describe the drawing. It has never seen a handwritten digit.
-
 TINY_STEPS, TINY_BATCH, TINY_SEED = 600, 128, 0
 
 def draw_glyphs(size=64, height=52):
@@ -368,18 +357,15 @@ def draw_glyphs(size=64, height=52):
         for digit in "0123456789":
             image = Image.new("L", (96, 96))
             ImageDraw.Draw(image).text((8, 8), digit, fill=255, font=font)
-            image = image.crop(image.getbbox())
-            width = round(height * image.width / image.height)
-            image = image.resize((width, height), Image.BICUBIC)
+            image = ImageOps.contain(image.crop(image.getbbox()), (size, height))
             glyphs.append(TF.center_crop(TF.pil_to_tensor(image), size) / 255)
     return torch.stack(glyphs)
 
 def render_glyphs(glyphs, classes, side=32):
     """Classes [B] -> images [B,1,8,8] in [0,1], and which of the digit templates are true [B,T]."""
-    n, column, place = len(classes), (-1, 1, 1, 1), torch.arange(float(side))
+    n, column = len(classes), (-1, 1, 1, 1)
     def uniform(low, high): return torch.rand(n) * (high - low) + low
-    def ends(hit): return (torch.where(hit, place, side).amin(1),
-                           torch.where(hit, place + 1, 0).amax(1))
+    def ends(hit): return hit.int().argmax(1), side - hit.flip(1).int().argmax(1)  # [B,S] -> [B]
     angle, shear, waist = uniform(-.25, .25), uniform(-.4, .4), uniform(-.3, .3)
     wide, tall, wobble = uniform(.8, 1.4), uniform(.95, 1.25), uniform(0, .2)
     font, stroke, blur = torch.randint(2, (n,)), torch.randint(3, (n,)), torch.rand(n) < .25
@@ -387,9 +373,10 @@ def render_glyphs(glyphs, classes, side=32):
     turn = ((cos + shear * sin) / wide, (shear * cos - sin) / wide, 0, sin / tall, cos / tall, 0)
     noise = F.interpolate(torch.randn(n, 2, 4, 4), size=side, mode="bicubic").permute(0, 2, 3, 1)
     lean = torch.stack([uniform(-.15, .15), waist], 1).view(n, 1, 1, 2)  # of the middle alone
-    square = (2 * torch.stack(torch.meshgrid(place, place, indexing="xy"), 2) + 1) / side - 1
+    middle = 1 - ((2 * torch.arange(side) + 1) / side - 1) ** 2  # [S]: 1, and 0 at both borders
+    middle = torch.stack(torch.meshgrid(middle, middle, indexing="xy"), 2)  # [S,S,2]
     images = warp(F.avg_pool2d(glyphs, 2)[classes + 10 * font], turn, "bilinear",
-                  wobble.view(column) * noise + lean * (1 - square ** 2))
+                  wobble.view(column) * noise + lean * middle)
     for i in (1, 2):  # thicken the stroke by one pixel, and by one more
         thick = F.max_pool2d(F.pad(images, (i - 1, 2 - i, i - 1, 2 - i)), 2, 1)
         images = torch.where((stroke >= i).view(column), thick, images)
@@ -400,9 +387,8 @@ def render_glyphs(glyphs, classes, side=32):
     width = torch.maximum((right - left) / side, height * uniform(1, 1.4))
     box = (width, 0, (left + right) / side - 1, 0, height, (top + bottom) / side - 1)
     images = F.avg_pool2d(warp(images, box, "bilinear"), side // 8)
-    plain = torch.full((n,), .35)  # the plain caption is always true; it is chosen less often
-    true = torch.stack([  # in the order of the templates
-        plain, stroke == 2, stroke == 0, wide < .95, wide > 1.25, shear.abs() > .25,
+    true = torch.stack([  # in the order of the templates; the plain one is chosen less often
+        torch.full((n,), .35), stroke == 2, stroke == 0, wide < .95, wide > 1.25, shear.abs() > .25,
         angle.abs() > .17, wobble > .14, blur, waist < -.18, waist > .18, font == 1])
     return images / images.amax((1, 2, 3), keepdim=True).clamp_min(.05), true.T
 
@@ -411,17 +397,15 @@ def tiny_preprocess(image):
 
 def load_tiny(folder, device):
     """TinyCLIP, its preprocessing and tokenizer; pre-trained at first use and kept in `folder`."""
-    from open_clip.model import CLIP
-    from open_clip.tokenizer import SimpleTokenizer
+    import open_clip
     torch.manual_seed(TINY_SEED)
-    model = CLIP(64, dict(image_size=8, patch_size=8, layers=1, width=8, head_width=8),
-                 dict(context_length=12, vocab_size=49408, width=32, heads=2, layers=1))
-    sizes = [(1, 24, 1), (24, 48, 2), (48, 48, 1), (48, 96, 2)]  # in, out, stride
-    layers = [layer for i, o, stride in sizes for layer in (
-        nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())]
+    model = open_clip.CLIP(64, dict(image_size=8, patch_size=8, layers=1, width=8, head_width=8),
+                           dict(context_length=12, vocab_size=49408, width=32, heads=2, layers=1))
+    sizes = [(1, 24, 3, 1), (24, 48, 3, 2), (48, 48, 3, 1), (48, 96, 3, 2)]  # in, out, side, stride
     model.visual = nn.Sequential(  # in place of the transformer: convolutions suit 8x8 pixels
-        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 64))
-    tokenizer = SimpleTokenizer(context_length=12)
+        *(Conv2dNormActivation(*size) for size in sizes),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 64))
+    tokenizer = open_clip.SimpleTokenizer(context_length=12)
     path = folder / f"tiny-clip-{TINY_STEPS}x{TINY_BATCH}-{TINY_SEED}.pt"
     try:
         model.load_state_dict(torch.load(path, weights_only=True))
@@ -453,25 +437,22 @@ def cached_annotation(cfg, datasets, pixels, class_names, templates, device):
     """Probabilities float16 [T,N,K] of each dataset, from the cache or from the annotator.
     DIFFERS: the published cache knows only its folder, so an unseeded split could pair it with
     other images. This one is named after the pixels, weights, class names and templates."""
-    model, weights = cfg.clip_model, Path(cfg.clip_pretrained)
-    weights = digest(weights.read_bytes()) if weights.is_file() else str(weights)
-    if cfg.annotator == "tiny":
-        model, weights = "tiny", [TINY_STEPS, TINY_BATCH, TINY_SEED]
-    path = cache_path(cfg, cfg.annotator + ".npz", [SPLIT_SEED, class_names, templates, model,
-                                                    weights, [digest(p.numpy()) for p in pixels]])
-    names = ["probs", "test_probs"]
+    weights, tiny = Path(cfg.clip_pretrained), cfg.annotator == "tiny"
+    made_by = ["tiny", [TINY_STEPS, TINY_BATCH, TINY_SEED]] if tiny else [
+        cfg.clip_model, digest(weights.read_bytes()) if weights.is_file() else str(weights)]
+    path = cache_path(cfg, cfg.annotator + ".npz", [SPLIT_SEED, class_names, templates, *made_by,
+                                                    [digest(p.numpy()) for p in pixels]])
     try:
         with np.load(path, allow_pickle=False) as file:
-            probs = [torch.from_numpy(file[name]) for name in names]
+            probs = [torch.from_numpy(file[name]) for name in ("probs", "test_probs")]
             print(f"annotation: read from {path}")
             return probs
     except Exception:  # not there, or cut off, which raises many kinds
         print("annotation: made now" + f", since {path} cannot be read" * path.exists())
-    model, preprocess, tokenizer = (load_tiny(path.parent, device) if cfg.annotator == "tiny" else
-                                    load_clip(cfg, device))
-    batches = (load_batches(pairs, preprocess, "annotate", cfg.num_workers) for pairs in datasets)
+    model, prepare, tokenizer = load_tiny(path.parent, device) if tiny else load_clip(cfg, device)
+    batches = (load_batches(pairs, prepare, "annotate", cfg.num_workers) for pairs in datasets)
     probs = [annotate(model, tokenizer, some, class_names, templates, device) for some in batches]
-    write_atomically(path, packed(np.savez, **dict(zip(names, map(np.asarray, probs)))))
+    write_atomically(path, packed(np.savez, probs=probs[0], test_probs=probs[1]))
     print(f"annotation: written to {path}")
     return probs
 
@@ -491,31 +472,25 @@ def label_sets(cfg, datasets, pixels, labels, class_names, templates, device):
     return candidates, probs.mean(0, dtype=torch.float32), test_probs
 
 # (3) Weak and strong views -----------------------------------------------------------------------
-# Images rest on the device as uint8. A view is made for a whole batch by tensor operations: weak =
-# random crop and flip; strong = weak, one random operation per image, and a grey square (cutout).
+# Images rest as uint8. A view is made for a whole batch [B,C,S,S] in [0,1] by tensor operations:
+# weak = random crop and flip; strong = weak, one random operation per image, and a grey square.
 # Random numbers are drawn on the CPU: the same seed gives the same views on every device.
-
-def random_crop(images, padding, flip):
-    """[B,C,S,S]: pad by `padding` black pixels, cut a random SxS window, mirror half if `flip`."""
-    n, _, _, side = images.shape
-    offset = torch.randint(2 * padding + 1, (2, n, 1))
-    rows, columns = offset + torch.arange(side)  # [B,S] each
-    columns = torch.where(torch.rand(n, 1) < (0.5 if flip else 0), columns.flip(1), columns)
-    batch, rows, columns = (index.to(images.device) for index in (
-        torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None]))
-    channels_last = F.pad(images, [padding] * 4).permute(0, 2, 3, 1)
-    return channels_last[batch, rows, columns].permute(0, 3, 1, 2)
 
 def warp(images, coefficients, mode="nearest", bend=0):
     """Each image of [B,C,S,S] under its own affine map: what (x,y), in -1..1, shows comes from
     (ax+by+c, dx+ey+f) + bend; black outside. coefficients a..f: numbers or [B]; bend [B,S,S,2]."""
     if not len(images):
         return images
-    theta = images.new_empty(6, len(images))
-    for i, value in enumerate(coefficients):
-        theta[i] = value
-    grid = F.affine_grid(theta.T.view(-1, 2, 3), images.shape, align_corners=False) + bend
+    theta = torch.stack([images.new_zeros(len(images)) + value for value in coefficients], 1)
+    grid = F.affine_grid(theta.view(-1, 2, 3), images.shape, align_corners=False) + bend
     return F.grid_sample(images, grid, mode, align_corners=False)
+
+def random_crop(images, padding, flip):
+    """[B,C,S,S], each shifted by up to `padding` whole pixels (black comes in), half mirrored."""
+    n, side = len(images), images.shape[-1]
+    y, x = 2 / side * (torch.randint(2 * padding + 1, (2, n)) - padding).to(images.device)
+    mirror = torch.where(torch.rand(n) < (0.5 if flip else 0), -1, 1).to(images.device)
+    return warp(images, (mirror, 0, x, 0, 1, y))
 
 def rotate(images, angle, scale=1, shift_x=0, shift_y=0, mode="nearest"):
     """Turn counter-clockwise by `angle` [B] in radians about the centre, scaled and shifted."""
@@ -529,7 +504,7 @@ def posterize(images, bits):
     step = 2 ** (8 - bits.view(-1, 1, 1, 1))  # keep the upper `bits` [B] of each 8-bit value
     return (images * 255).round().div(step, rounding_mode="floor") * step / 255
 
-# RandAugment: float images [B,C,S,S] in [0,1] and for each a strength u [B], uniform in [0,1).
+# RandAugment: images [B,C,S,S] in [0,1] and for each a strength u [B], uniform in [0,1).
 OPERATIONS = {
     "identity": lambda x, u: x,
     "autocontrast": lambda x, u: TF.autocontrast(x),
@@ -548,13 +523,13 @@ OPERATIONS = {
 
 def random_operation(images):
     """One operation with one strength per image [B,C,S,S]: each runs once, on its own images."""
-    choice, strength = torch.randint(len(OPERATIONS), (len(images),)), torch.rand(len(images))
-    order = choice.argsort()
-    counts = choice.bincount(minlength=len(OPERATIONS)).tolist()  # on the CPU: nothing waits
-    place, strength = order.to(images.device), strength[order].to(images.device)
-    groups = zip(OPERATIONS.values(), images[place].split(counts), strength.split(counts))
-    changed = torch.cat([operation(x, u) if len(x) else x for operation, x, u in groups])
-    return torch.empty_like(images).index_copy_(0, place, changed.clamp(0, 1))
+    choice = torch.randint(len(OPERATIONS), (len(images),))  # stays on the CPU: nothing waits
+    changed, strength = torch.empty_like(images), torch.rand(len(images)).to(images.device)
+    for number, operation in enumerate(OPERATIONS.values()):
+        rows = (choice == number).nonzero()[:, 0].to(images.device)
+        if len(rows):
+            changed[rows] = operation(images[rows], strength[rows])
+    return changed.clamp_(0, 1)
 
 def random_affine(images, turn, scale, shift):
     """Turn by up to `turn` degrees, scale and shift by up to these shares; [B,C,S,S] in [0,1]."""
@@ -588,17 +563,15 @@ class Views:
 
     def moved(self, images):
         if self.kind == "digit":
-            return random_affine(images.float() / 255, turn=0, scale=0, shift=1 / 16)
-        padding = round(images.shape[-1] / 8)
-        return random_crop(images, padding, flip=self.kind != "sign").float() / 255
+            return random_affine(images / 255, turn=0, scale=0, shift=1 / 16)
+        return random_crop(images / 255, round(images.shape[-1] / 8), flip=self.kind != "sign")
 
-    def weak(self, images):
-        return self.plain(self.moved(images))
+    def weak(self, images): return self.plain(self.moved(images))
 
     def strong(self, images):
         side = images.shape[-1]
         if self.kind == "digit":
-            images = random_affine(images.float() / 255, turn=20, scale=0.15, shift=0.1)
+            images = random_affine(images / 255, turn=20, scale=0.15, shift=0.1)
             return self.plain(cutout(images, 0, side / 3))
         if self.kind == "grey":
             return self.plain(cutout(self.moved(images), 16, 16))
@@ -616,12 +589,10 @@ class PreActBlock(nn.Module):
         self.bn1, self.bn2 = nn.BatchNorm2d(in_channels), nn.BatchNorm2d(channels)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        same = stride == 1 and in_channels == channels
-        self.shortcut = nn.Sequential(
-            # A 1x1 convolution with a stride, in two steps: oneDNN's own (seen with torch 2.6 and
-            # 2.14) writes out of bounds in its backward pass: under 16 channels, channels last.
-            *[] if same else [nn.AvgPool2d(1, stride),
-                              nn.Conv2d(in_channels, channels, 1, bias=False)])
+        # A strided 1x1 convolution, in two steps: oneDNN's own (seen with torch 2.6 and 2.14)
+        # writes out of bounds in its backward pass: under 16 channels, channels last.
+        self.shortcut = nn.Identity() if stride == 1 and in_channels == channels else nn.Sequential(
+            nn.AvgPool2d(1, stride), nn.Conv2d(in_channels, channels, 1, bias=False))
 
     def forward(self, x):
         a = F.relu(self.bn1(x))
@@ -633,8 +604,7 @@ class CoRegNet(nn.Module):
     def __init__(self, num_classes, in_channels=3, image_size=32, width=64, embedding_dim=128):
         super().__init__()
         strides = (2 if image_size >= 64 else 1, 2, 2, 2)  # large images are halved once more
-        stem = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
-        layers = [stem, nn.BatchNorm2d(width), nn.ReLU()]
+        layers = [Conv2dNormActivation(in_channels, width)]  # 3x3, BatchNorm, ReLU
         for dim, stride in zip((width, 2 * width, 4 * width, 8 * width), strides):
             layers += [PreActBlock(max(width, dim // 2), dim, stride), PreActBlock(dim, dim, 1)]
         self.encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())  # [B, 8*width]
@@ -650,8 +620,6 @@ class CoRegNet(nn.Module):
 
 def device_of(net):
     return next(net.parameters()).device
-
-PARTS = ["net", "key_net", "queue", "optimizer"]
 
 class Learner:
     """One of the two networks, with all the state that belongs to it."""
@@ -671,13 +639,13 @@ class Learner:
 
     def state(self):
         """All of it, for a checkpoint."""
-        parts = {name: getattr(self, name).state_dict() for name in PARTS}
-        return dict(parts, losses=self.losses)
+        return {name: value if name == "losses" else value.state_dict()
+                for name, value in vars(self).items()}
 
     def restore(self, state):
-        for name in PARTS:
-            getattr(self, name).load_state_dict(state[name])
         self.losses = [losses.to(device_of(self.net)) for losses in state["losses"]]
+        for name in state.keys() - {"losses"}:
+            getattr(self, name).load_state_dict(state[name])
 
 # (5) Warm-up -------------------------------------------------------------------------------------
 # For the first epochs each network learns alone, on strong views, that its candidate set as a whole
