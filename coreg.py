@@ -703,17 +703,13 @@ def batches(rows, batch_size):
         parts[-2:] = [torch.cat(parts[-2:])]
     return parts
 
-def fetch(data, rows, net):
-    """Rows (on the CPU) of data, as a batch on the network's device, wherever the data rest."""
-    return data[rows].to(device_of(net), non_blocking=True)
-
 def warm_up_epoch(own, images, candidates, views, cfg):
     """Every image once, in batches of 2B; yields each step's loss terms. Candidates that are soft
     labels (float [N,K]) are learnt by plain cross-entropy: distillation, no sets."""
     own.net.train()
     for rows in batches(torch.arange(len(images)), 2 * cfg.batch_size):
-        logits, _ = own.net(views.strong(fetch(images, rows, own.net)))
-        targets = fetch(candidates, rows, own.net)
+        logits, _ = own.net(views.strong(images[rows].to(candidates.device, non_blocking=True)))
+        targets = candidates[rows]
         yield own.step({"set": F.cross_entropy(logits, targets)} if targets.is_floating_point() else
                        {"set": partial_cross_entropy(logits, targets),
                         "entropy": negative_entropy(logits)})
@@ -737,9 +733,10 @@ def clean_probability(loss_history, window=5, seed=0):
     Each epoch is scaled to 0..1, the last `window` are averaged, a two-component mixture is fitted.
     All zeros where none can be fitted (constant losses, one sample); an infinite loss is worst."""
     losses = loss_history[-window:].float()
-    worst = losses.masked_fill(~losses.isfinite(), -math.inf).amax(1, keepdim=True)
-    losses = torch.where(losses.isfinite(), losses, worst)
-    low, high = losses.amin(1, keepdim=True), losses.amax(1, keepdim=True)
+    finite = losses.isfinite()
+    high = losses.masked_fill(~finite, -math.inf).amax(1, keepdim=True)  # [E,1]
+    losses = torch.where(finite, losses, high)
+    low = losses.amin(1, keepdim=True)
     mean = ((losses - low) / (high - low).clamp_min(1e-12)).mean(0)  # [N]
     if not mean.isfinite().all() or mean.max() == mean.min():
         return torch.zeros_like(mean)
@@ -756,9 +753,7 @@ def split_data(learner, images, views, candidates, prior, cfg):
     DIFFERS: predictions are aligned with the mean of this very pass; the published code uses a
     table that is half of the last epoch's. And where less than a batch is clean (less than a tenth,
     if the data are few), the tenth with the lowest losses is; the published code crashes."""
-    learner.net.eval()
-    probs = torch.cat([learner.net(views.weak(batch.to(candidates.device)))[0].softmax(1)
-                       for batch in images.split(EVAL_BATCH)])  # [N,K]
+    probs = predict(learner.net, images, views.weak).softmax(1)  # [N,K]
     if "alignment" not in cfg.ablate:
         probs = align_distribution(probs, probs.mean(0), prior)
     losses = max_candidate_loss(probs, candidates)
@@ -787,9 +782,8 @@ def refine_labels(own_probs, partner_probs, candidates, clean_prob, temperature)
     """Targets [B,K] of clean samples: sharpen(w r + (1-w) o).
     own_probs [B,K]: o, the mean of the own softmax on both weak views. partner_probs [B,K] are
     restricted to the bool candidates [B,K] here, which gives r. clean_prob [B]: w."""
-    inside = partner_probs * candidates
-    underflow = inside.sum(1, keepdim=True) == 0  # then all candidates count alike
-    restricted = F.normalize(torch.where(underflow, candidates.to(inside), inside), p=1, dim=1)
+    inside = partner_probs.clamp_min(1e-12) * candidates  # where all underflow, they count alike
+    restricted = F.normalize(inside, p=1, dim=1)
     return sharpen(torch.lerp(own_probs, restricted, clean_prob[:, None]), temperature)
 
 def guess_labels(probs, temperature):
@@ -893,29 +887,28 @@ def supcon_loss(features, positives, ignored, temperature):
 
 MIXUP_ALPHA, PROTO_TEMPERATURE, CONTRASTIVE_TEMPERATURE = 4.0, 0.3, 0.07  # paper, section 4.1
 
-def co_training_terms(own, partner_net, prototypes, views_x, views_u, candidates, clean_prob,
+def co_training_terms(own, partner_net, prototypes, weak, strong, candidates, clean_prob,
                       partner_probs, lam, permutation, weight_u, representation, cfg):
     """One batch of co-training of network `own` -> ({name: loss term}, new prototypes).
-    views_x, views_u: four views (w1, w2, s1, s2), [B,C,S,S] each; views_u may be empty. candidates
-    bool [B,K], clean_prob [B], partner_probs [B,K]: of the clean rows. lam, permutation
+    weak, strong [2B_x+2B_u,C,S,S]: two views of all clean rows, then two of all unlabeled rows (B_u
+    may be 0). candidates bool [B_x,K], clean_prob [B_x], partner_probs [B_x,K]. lam, permutation
     [2B_x+2B_u]: mixup. representation: are sections 8 and 9 on? All in the published order."""
-    (x_w1, x_w2, x_s1, x_s2), (u_w1, u_w2, u_s1, u_s2) = views_x, views_u
-    num_x, num_u = len(x_w1), len(u_w1)
+    num_x, num_u = len(candidates), len(weak) // 2 - len(candidates)
+    x, u = slice(2 * num_x), slice(2 * num_x, None)  # after mixup too, whatever was mixed in
     with torch.no_grad():  # the own network labels in train mode, as published
         # DIFFERS: all weak views share one forward pass of it, so also their batch statistics.
-        logits_w, embeddings_w = own.net(torch.cat([x_w1, x_w2, u_w1, u_w2]))
-        probs_x, probs_u = logits_w.softmax(1).split([2 * num_x, 2 * num_u])
-        targets_x = refine_labels(probs_x.view(2, num_x, -1).mean(0), partner_probs, candidates,
-                                  clean_prob, cfg.temperature)
-        probs_u = probs_u.view(2, num_u, -1) if num_u else probs_u[None]  # [V,B,K]
+        logits_w, embeddings_w = own.net(weak)
+        probs_w = logits_w.softmax(1)
+        targets_x = refine_labels(probs_w[x].unflatten(0, (2, num_x)).mean(0), partner_probs,
+                                  candidates, clean_prob, cfg.temperature)
+        probs_u = probs_w[u].unflatten(0, (2, num_u))  # [V,B,K]
         if num_u and partner_net is not own.net:  # the same: ablation of co-pseudo-labeling
-            partner_logits, _ = partner_net(torch.cat([u_w1, u_w2]))
-            probs_u = torch.cat([probs_u, partner_logits.softmax(1).view(2, num_u, -1)])
+            partner_probs_u = partner_net(weak[u])[0].softmax(1)
+            probs_u = torch.cat([probs_u, partner_probs_u.unflatten(0, (2, num_u))])
         targets_u = guess_labels(probs_u, cfg.temperature)
     targets = torch.cat([targets_x, targets_x, targets_u, targets_u])
-    inputs, mixed = mixup(torch.cat([x_s1, x_s2, u_s1, u_s2]), targets, lam, permutation)
+    inputs, mixed = mixup(strong, targets, lam, permutation)
     logits, embeddings = own.net(inputs)
-    x, u = slice(2 * num_x), slice(2 * num_x, None)  # x: the first rows, whatever was mixed in
     terms = {"self": self_training_loss(logits[x], mixed[x], logits[u], mixed[u], weight_u)}
     if not representation:  # DIFFERS: the published code computes the rest, then drops it
         return terms, prototypes
@@ -928,6 +921,7 @@ def co_training_terms(own, partner_net, prototypes, views_x, views_u, candidates
             similarity[x], targets[x], other[x], similarity[u], targets[u], other[u],
             lam, PROTO_TEMPERATURE, cfg.lambda_u)
     if cfg.contrastive_weight:
+        x_s1, x_s2, u_s1, u_s2 = strong.split([num_x, num_x, num_u, num_u])
         _, queries = own.net(torch.cat([x_s1, u_s1]))
         with torch.no_grad():  # the key encoder follows the network as it is before this step
             follow = get_ema_multi_avg_fn(cfg.momentum)
@@ -937,9 +931,8 @@ def co_training_terms(own, partner_net, prototypes, views_x, views_u, candidates
         clean, queue = torch.arange(len(classes), device=classes.device) < num_x, own.queue
         positives, ignored = contrastive_masks(torch.cat([classes, classes, queue.classes]),
                                                torch.cat([clean, clean, queue.clean]), len(queries))
-        features = torch.cat([queries, keys, queue.keys])  # [M,D]
         terms["contrastive"] = cfg.contrastive_weight * supcon_loss(
-            features, positives, ignored, CONTRASTIVE_TEMPERATURE)
+            torch.cat([queries, keys, queue.keys]), positives, ignored, CONTRASTIVE_TEMPERATURE)
         queue.push(keys, classes, clean)
     return terms, prototypes
 
@@ -951,10 +944,10 @@ def co_training_terms(own, partner_net, prototypes, views_x, views_u, candidates
 EVAL_BATCH = 512
 
 @torch.inference_mode()
-def predict(net, images, views):
-    """Logits [N,K] of one network in eval mode for uint8 images [N,C,S,S] on any device."""
+def predict(net, images, view):
+    """Logits [N,K] of one network in eval mode for a view of uint8 images [N,C,S,S], anywhere."""
     net.eval()
-    return torch.cat([net(views.plain(batch.to(device_of(net))))[0]
+    return torch.cat([net(view(batch.to(device_of(net))))[0]
                       for batch in images.split(EVAL_BATCH)])
 
 def accuracy(scores, labels):
@@ -972,7 +965,7 @@ def evaluate(train_labels, test_labels, test_images, candidates, nets, views, sp
     """Figures of one epoch: test accuracy of both networks and of each; how good the splits are."""
     figures = {}
     if test_labels is not None:
-        one, two = (predict(net, test_images, views) for net in nets)
+        one, two = (predict(net, test_images, views.plain) for net in nets)
         for name, logits in dict(test_acc=one + two, test_acc_net1=one, test_acc_net2=two).items():
             figures[name] = accuracy(logits, test_labels)
     if train_labels is not None and splits:
@@ -1202,24 +1195,20 @@ def co_training_epoch(own, partner, split, prototypes, images, candidates, views
     own.key_net.load_state_dict(own.net.state_dict())
     partner.net.eval(), own.net.train(), own.key_net.train()
     probs, clean_prob = split
-    clean, unlabeled = ((clean_prob.cpu() > 0.5) == part for part in (True, False))
+    clean = clean_prob.cpu() > 0.5
     batches_x, batches_u = batches(clean.nonzero()[:, 0], cfg.batch_size), []
     for step, rows_x in enumerate(batches_x):
-        batches_u = batches_u or batches(unlabeled.nonzero()[:, 0], cfg.batch_size)
+        batches_u = batches_u or batches((~clean).nonzero()[:, 0], cfg.batch_size)
         rows_u = batches_u.pop()
-        four = fetch(images, torch.cat([rows_x, rows_x, rows_u, rows_u]), own.net)  # each twice
-        sizes = [len(rows_x)] * 2 + [len(rows_u)] * 2
-        x_w1, x_w2, u_w1, u_w2 = views.weak(four).split(sizes)
-        x_s1, x_s2, u_s1, u_s2 = views.strong(four).split(sizes)
+        twice = images[torch.cat([rows_x, rows_x, rows_u, rows_u])]  # there are two views of each
+        twice = twice.to(candidates.device, non_blocking=True)
+        weak, strong = views.weak(twice), views.strong(twice)
         lam = torch.distributions.Beta(MIXUP_ALPHA, MIXUP_ALPHA).sample().item()  # on the CPU
-        permutation = torch.randperm(len(four)).to(four.device)
-        if "mixup" in cfg.ablate:
-            lam, permutation = 1, permutation.sort().values
-        weight_u = cfg.lambda_u * ramp_up(epoch + step / len(batches_x), cfg.warm_up)
+        lam = 1 if "mixup" in cfg.ablate else max(lam, 1 - lam)
         terms, updated = co_training_terms(
-            own, partner.net, prototypes, (x_w1, x_w2, x_s1, x_s2), (u_w1, u_w2, u_s1, u_s2),
-            *(fetch(data, rows_x, own.net) for data in (candidates, clean_prob, probs)),
-            max(lam, 1 - lam), permutation, weight_u,
+            own, partner.net, prototypes, weak, strong, candidates[rows_x], clean_prob[rows_x],
+            probs[rows_x], lam, torch.randperm(len(twice)).to(twice.device),
+            cfg.lambda_u * ramp_up(epoch + step / len(batches_x), cfg.warm_up),
             epoch > cfg.warm_up + cfg.start_contrastive, cfg)  # ">": as published
         prototypes.copy_(updated)
         yield own.step(terms)
@@ -1332,7 +1321,7 @@ class Classifier:
         return to_square(image, self.shape[2], self.shape[1])
 
     def __call__(self, images):
-        return (sum(predict(net, images, self.views) for net in self.nets) / 2).softmax(1)
+        return (sum(predict(net, images, self.views.plain) for net in self.nets) / 2).softmax(1)
 
 def predict_files(cfg):
     """--predict: label an image, or all below a folder, with --model, into predictions.csv."""
@@ -1440,7 +1429,7 @@ def run(cfg):
             figures, folder, device, state)
         save_model(folder / "model.pt", learners, views, class_names, cfg)
     print_table(cfg, candidates, labels, test_probs, test_labels, records)
-    def both(pixels): return sum(predict(own.net, pixels, views).cpu() for own in learners) / 2
+    def both(pixels): return sum(predict(own.net, pixels, views.plain).cpu() for own in learners) / 2
     if test_probs is not None and test_labels is not None:
         print("test accuracy % per class, mean of templates -> both networks:")
         print_classes(class_names, test_labels, test_probs.float().mean(0), both(test_images))

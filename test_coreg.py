@@ -1512,14 +1512,14 @@ def step_input(num_x=3, num_u=2, queued=4, side=2):
     queue, n = C.MomentumQueue(7, 5), 2 * (num_x + num_u)
     queue.push(unit_rows(queued, 5), torch.randint(3, (queued,)), torch.arange(queued) % 2 == 0)
     sets = torch.tensor([[1, 1, 0], [0, 1, 1], [0, 0, 1]]).bool()[:num_x]
-    views_x, views_u = ([floats(size, side) for _ in range(4)] for size in (num_x, num_u))
-    return queue, (unit_rows(3, 5), views_x, views_u, sets, torch.rand(num_x),
+    return queue, (unit_rows(3, 5), floats(n, side), floats(n, side), sets, torch.rand(num_x),
                    probabilities(num_x, 3), .8, torch.arange(n).roll(3), .4)
 
 def step_oracle(net, key_net, partner, queue, arguments, cfg):
     """One step, view by view -> terms, prototypes, key encoder, what the queue receives."""
-    prototypes, views_x, views_u, sets, clean_prob, partner_probs, lam, order, weight_u = arguments
-    (x_w1, x_w2, x_s1, x_s2), (u_w1, u_w2, u_s1, u_s2) = views_x, views_u
+    prototypes, weak, strong, sets, clean_prob, partner_probs, lam, order, weight_u = arguments
+    sizes = [len(sets)] * 2 + [len(weak) // 2 - len(sets)] * 2
+    (x_w1, x_w2, u_w1, u_w2), (x_s1, x_s2, u_s1, u_s2) = (v.split(sizes) for v in (weak, strong))
     def p(network, images): return network(images)[0].softmax(1).detach()
     y_x = C.refine_labels((p(net, x_w1) + p(net, x_w2)) / 2, partner_probs, sets, clean_prob, 0.4)
     y_u = C.guess_labels(torch.stack([p(net, u_w1), p(net, u_w2), p(partner, u_w1),
@@ -1608,7 +1608,7 @@ def test_co_training_epoch_representation_starts_after_the_sum_of_both_waits(epo
 def test_predict_matches_the_network_in_eval_mode(monkeypatch):
     monkeypatch.setattr(C, "EVAL_BATCH", 3)
     net, images = Linear(), floats(7)
-    logits = C.predict(net, images, VIEWS)
+    logits = C.predict(net, images, VIEWS.plain)
     assert net.calls == [(3, False, False), (3, False, False), (1, False, False)]
     close(logits, (images + 3).flatten(1) @ net.logits)
 
@@ -2068,8 +2068,8 @@ def benchmark(argv=None):
                            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
     def latency(count, *nets):
-        return 1000 * watch.median(lambda: [C.predict(x.net, images[:count], views) for x in nets],
-                                   5)
+        return 1000 * watch.median(lambda: [C.predict(x.net, images[:count], views.plain)
+                                            for x in nets], 5)
 
     def epoch(rows=slice(None)):  # so late that all terms are on
         for _ in C.co_training_epoch(own, partner, [part[rows] for part in split], prototypes,
@@ -2142,7 +2142,7 @@ def benchmark(argv=None):
     def forward_only():
         for batch in floats.split(C.EVAL_BATCH):
             own.net.eval()(batch)
-    evaluation = [(watch.median(lambda: C.predict(own.net, images, views), 1),
+    evaluation = [(watch.median(lambda: C.predict(own.net, images, views.plain), 1),
                    watch.median(forward_only, 1)) for _ in range(args.repeats)]
     evaluate, evaluate_alone = (float(np.median(column)) for column in zip(*evaluation))
     result = {
