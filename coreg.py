@@ -975,31 +975,15 @@ def evaluate(train_labels, test_labels, test_images, candidates, nets, views, sp
         figures["pseudo_label_acc*"] = accuracy(splits[0][0] + splits[1][0], train_labels)
     return figures
 
-def print_classes(class_names, labels, before, after):
-    """Test accuracy per class, of the annotator's scores [N,K] and of both networks' [N,K]."""
-    for k, name in enumerate(class_names):
-        rows = (labels == k).nonzero()[:, 0]
-        if len(rows):
-            print(f"{name:40.40} {accuracy(before[rows], labels[rows]):6.2f} -> "
-                  f"{accuracy(after[rows], labels[rows]):6.2f}")
-
-def print_changes(class_names, names, before, after, count=10):
-    """Images whose label both networks changed most confidently: for the user's own eyes."""
-    old, (confidence, new) = before.argmax(1), after.softmax(1).max(1)
-    order = (confidence * (old != new)).argsort(descending=True)[:count].tolist()
-    for row in [row for row in order if old[row] != new[row]]:
-        print(f"{str(names[row]):40} {class_names[old[row]]} -> {class_names[new[row]]} "
-              f"({confidence[row]:.2f})")
-
 # (11) The training loop, checkpoints and the command line ----------------------------------------
 # After the warm-up, every epoch both networks split the data; network 1 then trains on the split of
 # network 2, and network 2 on that of network 1 ("co-divide"). One log line and one JSON object an
 # epoch; the last epoch is the result.
 
-def setting(default, help, low=None, high=math.inf, choices=None):
+def setting(default, help, low=None, high=math.inf, **options):
     """A field of Config and flag of the command line: a number from low to high, or a choice."""
-    return dataclasses.field(default=default, metadata=dict(
-        help=help, low=low, high=high, choices=choices))
+    metadata = dict(help=help, low=low, high=high, options=options)  # options: of argparse
+    return dataclasses.field(default=default, metadata=metadata)
 
 ABLATIONS = ["co-pl", "mixup", "prototype", "contrastive", "alignment", "gmm", "multi-prompt"]
 
@@ -1040,8 +1024,7 @@ class Config:
     lr_period: int = setting(800, "epochs from lr to lr/1000; the paper always has 800", 1)
     width: int = setting(64, "channels of the first stage of the ResNet-18", 1)
     embedding_dim: int = setting(128, "size D of the embeddings", 1)
-    prior: str = setting("uniform", "class shares to align with; clip: those that CLIP predicts",
-                         choices=["uniform", "clip"])
+    prior: str = setting("uniform", "class shares to align with", choices=["uniform", "clip"])
     temperature: float = setting(0.5, "sharpening temperature T", 1e-3)
     lambda_u: float = setting(1.0, "weight of the squared error on unlabeled images", 0)
     proto_weight: float = setting(0.1, "weight of prototype alignment", 0)
@@ -1050,23 +1033,21 @@ class Config:
     queue_size: int = setting(8192, "keys Q in each queue", 1)
     seed: int = setting(0, "of networks, order and views", 0, 2 ** 32 - 1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
-    precision: str = setting("auto", "of the networks; auto: bf16 where the device is fast at it",
-                             choices=["auto", "bf16", "fp32"])
+    precision: str = setting("auto", "auto: bf16 where fast", choices=["auto", "bf16", "fp32"])
     compile: bool = setting(False, "use torch.compile: minutes at first, then faster on a GPU")
     output_dir: str = setting("", "folder of the run; empty: runs/<dataset>, then -2, -3, ...")
     overwrite: bool = setting(False, "replace what --output-dir holds")
-    save_every: int = setting(0, "epochs between checkpoints; 0: 1 in a run to 100 epochs, else 10",
-                              0)
-    resume: str = setting("", "go on with the run of this folder; alone: the newest unfinished")
+    save_every: int = setting(0, "epochs between checkpoints; 0: 1 up to 100 epochs, else 10", 0)
+    resume: str = setting("", "go on with the run of this folder; alone: the newest unfinished",
+                          nargs="?", const="newest")
     predict: str = setting("", "label this image, or all below this folder, with --model")
     model: str = setting("", "for --predict: model.pt of a run")
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            if low is not None:
-                expect(low <= value <= min(high, sys.float_info.max),  # nor nan
-                       flag(f.name), f"{low:g} to {high:g}", value)
+            low, high, value = f.metadata["low"], f.metadata["high"], getattr(self, f.name)
+            expect(low is None or low <= value <= high and value < math.inf,  # nor nan
+                   flag(f.name), f"{low} to {high}", value)
         expect(self.warm_up < self.epochs, "--warm-up", f"below --epochs {self.epochs} (set both)",
                self.warm_up)
         expect(self.annotator != "tiny" or (self.dataset, self.templates) == ("digits", "digits"),
@@ -1074,13 +1055,12 @@ class Config:
                f"{self.dataset} and {self.templates}")
         expect(self.annotator != "flip" or not (self.annotations or self.prior == "clip"),
                "--annotator flip", "no --annotations and no --prior clip", "one of them")
-        parts = {part.strip() for part in self.ablate.split(",")} - {""}
-        expect(parts <= set(ABLATIONS), "--ablate", "some of " + ",".join(ABLATIONS), self.ablate)
-        self.proto_weight *= "prototype" not in parts
-        self.contrastive_weight *= "contrastive" not in parts
-        self.candidates = "argmax" if "multi-prompt" in parts else self.candidates
+        expect(set(self.ablate.replace(" ", "").split(",")) <= {"", *ABLATIONS}, "--ablate",
+               "some of " + ",".join(ABLATIONS), self.ablate)
+        self.proto_weight *= "prototype" not in self.ablate
+        self.contrastive_weight *= "contrastive" not in self.ablate
+        self.candidates = "argmax" if "multi-prompt" in self.ablate else self.candidates
         self.method = "distill" if self.candidates == "soft" else self.method
-        self.given = set()  # the names that the command line set
 
     @property
     def needs_labels(self):
@@ -1092,8 +1072,8 @@ def flag(name):
 STAGES = dict(dataset="data", annotator="annotation", method="training", prior="details",
               seed="run")  # the first flag of each group of --help
 
-def parse(argv=None):
-    """Command line -> Config; defaults are those of the data set that the line names."""
+def parse(argv=None, defaults=None):
+    """Command line -> Config, with the given defaults or those of the data set that it names."""
     def fail(message): raise CoregError(f"{message}; see python coreg.py --help")
     parser = argparse.ArgumentParser(
         "coreg.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
@@ -1102,34 +1082,28 @@ def parse(argv=None):
     for f in dataclasses.fields(Config):
         if f.name in STAGES:
             group = parser.add_argument_group(STAGES[f.name])
-        choices = f.metadata["choices"]
         kind = dict(action="store_true") if f.type is bool else dict(
-            type=f.type, choices=choices, metavar=f.type.__name__.upper())
-        if f.name == "resume":
-            kind.update(nargs="?", const="newest")
-        group.add_argument(flag(f.name), default=f.default, **kind,
-                           help=f.metadata["help"] + (" [%(choices)s]" if choices else ""))
+            type=f.type, metavar=f.type.__name__.upper(), **f.metadata["options"])
+        text = f.metadata["help"] + " [%(choices)s]" * ("choices" in kind)
+        group.add_argument(flag(f.name), default=f.default, help=text, **kind)
     argv = sys.argv[1:] if argv is None else argv
-    unset = argparse.Namespace(**{f.name: None for f in dataclasses.fields(Config)})
-    given, unknown = parser.parse_known_args([w for w in argv if w not in ("-h", "--help")], unset)
-    parser.set_defaults(**DATASETS[given.dataset or Config.dataset].preset)
-    known = vars(parser.parse_known_args(argv)[0])
+    first, unknown = parser.parse_known_args([w for w in argv if w not in ("-h", "--help")])
     for word in unknown:
-        near = difflib.get_close_matches(word, map(flag, known), 1)
+        near = difflib.get_close_matches(word, map(flag, vars(first)), 1)
         fail(f"unknown argument {word}" + "".join(f", did you mean {name}?" for name in near))
-    cfg = Config(**known)
-    cfg.given = {name for name, value in vars(given).items() if value is not None}
+    parser.set_defaults(**(defaults or DATASETS[first.dataset].preset))
+    cfg = Config(**vars(parser.parse_args(argv)))
+    cfg.argv = argv  # to parse it again once --resume knows better defaults
     return cfg
 
 def pick_device(name):
     """--device -> torch.device; auto: cuda, else mps, else cpu."""
     have = [kind for kind, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps))
             if backend.is_available()] + ["cpu"]
-    expected = f"auto or one of {have} here"
-    with advice(f"--device: expected {expected}, got {name}"):
-        device = torch.zeros(1, device=have[0] if name == "auto" else name).device
-    expect(device.type in have, "--device", expected, name)
-    return device
+    with advice(f"--device: expected auto or one of {have} here, got {name}"):
+        probe = torch.zeros(1, device=have[0] if name == "auto" else name)
+        probe.item()  # the device "meta" computes nothing
+        return probe.device
 
 def fast_at_bf16(device):
     if device.type == "cuda":
@@ -1139,25 +1113,23 @@ def fast_at_bf16(device):
 
 def choose_folder(cfg):
     """The folder of the run, not yet created."""
-    names = [cfg.output_dir] if cfg.output_dir else (
-        f"runs/{cfg.dataset}" + f"-{i}" * (i > 1) for i in range(1, sys.maxsize))
-    for folder in map(Path, names):
-        if not (folder / "config.json").exists() or (cfg.output_dir and cfg.overwrite):
-            return folder
-    raise CoregError(f"--output-dir: {folder} holds a run; name another folder, or add --overwrite "
-                     "or --resume")
+    folder, number = Path(cfg.output_dir or f"runs/{cfg.dataset}"), 1
+    while (folder / "config.json").exists() and not (cfg.output_dir and cfg.overwrite):
+        if cfg.output_dir:
+            raise CoregError(f"--output-dir: {folder} holds a run; name another folder, or add "
+                             "--overwrite or --resume")
+        number += 1
+        folder = Path(f"runs/{cfg.dataset}-{number}")
+    return folder
 
 def lock(folder):
-    """An open file that keeps other processes out, until this one ends, in whatever way."""
+    """Keeps other processes out, until it is released or this process ends, in whatever way."""
+    from filelock import FileLock, Timeout  # torch depends on it
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / "lock", "w")
-    with contextlib.suppress(ImportError):  # Windows has no fcntl, and no lock
-        import fcntl
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CoregError(f"--output-dir: another process works in {folder}; name another")
-    return file
+    try:
+        return FileLock(folder / "lock").acquire(blocking=False)
+    except Timeout:
+        raise CoregError(f"--output-dir: another process works in {folder}; name another")
 
 FREE = {"data_dir", "num_workers", "device", "compile", "save_every", "output_dir", "resume",
         "overwrite"}  # what may differ between a run and its continuation
@@ -1172,16 +1144,16 @@ def load_checkpoint(cfg):
                  json.loads((folder / "config.json").read_text())["dataset"] == cfg.dataset]
         expect(saved, "--resume", f"an unfinished run of {cfg.dataset}, or the folder of one",
                "none; to begin a run, leave it out")
-        path = max(saved, key=lambda file: file.stat().st_mtime)
+        path = max(saved, key=os.path.getmtime)
     path = path / "checkpoint.pt" if path.is_dir() else path
     with advice(f"--resume: {path} is missing, damaged or no checkpoint of this version"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        old = Config(**state["config"])
-    for name in cfg.given - FREE:
-        expect(getattr(old, name) == getattr(cfg, name), flag(name),
-               f"{getattr(old, name)} as in {path.parent}", getattr(cfg, name))
-    return (dataclasses.replace(old, **{name: getattr(cfg, name) for name in cfg.given & FREE}),
-            path.parent, state)
+        Config(**state["config"])
+    cfg = parse(cfg.argv, state["config"])
+    for name, old in state["config"].items():
+        new = getattr(cfg, name)
+        expect(name in FREE or new == old, flag(name), f"{old} as in {path.parent}", new)
+    return cfg, path.parent, state
 
 def cosine_lr(epoch, lr, period):
     """Half cosine from lr at epoch 0 to lr/1000 at epoch `period` and after."""
@@ -1244,66 +1216,55 @@ def train(cfg, images, candidates, prior, figures, folder, device, state=None):
     views = Views(cfg.views, *(value.to(device) for value in channel_statistics(images)))
     learners = [make_learner(cfg, candidates.shape[1], device) for _ in range(2)]
     prototypes = torch.zeros(candidates.shape[1], cfg.embedding_dim, device=device)
-    records = []
-    targets = digest(candidates.cpu().numpy())
+    records, saved, targets = [], None, digest(candidates.cpu().numpy())
     if state:
         expect(state["targets"] == targets, "--resume", f"images and annotations as {folder} began "
                "with", "others; bring those back, or start another run")
-        for own, saved in zip(learners, state["learners"]):
-            own.restore(saved)
+        for own, its_state in zip(learners, state["learners"]):
+            own.restore(its_state)
         prototypes, records = state["prototypes"].to(device), state["records"]
         torch.set_rng_state(state["random"])
-
-    def checkpoint():
-        return packed(torch.save, dict(  # as bytes: an epoch that is cut off is forgotten whole
-            config=dataclasses.asdict(cfg), targets=targets, records=records, prototypes=prototypes,
-            random=torch.get_rng_state(), learners=[own.state() for own in learners]))
-
-    saved, save_every = checkpoint(), cfg.save_every or (1 if cfg.epochs <= 100 else 10)
-    write_atomically(folder / "checkpoint.pt", saved)
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    write_atomically(folder / "metrics.jsonl", lines.encode())
+    begin, save_every = len(records), cfg.save_every or (1 if cfg.epochs <= 100 else 10)
     print(" ".join(f"{name.removeprefix('test_'):>8.8}" for name in COLUMNS))
     try:
-        for epoch in range(len(records), cfg.epochs):
-            start, splits, lr = time.time(), [], cosine_lr(epoch, cfg.lr, cfg.lr_period)
-            for own in learners:
-                own.optimizer.param_groups[0]["lr"] = lr
+        for epoch in range(begin, cfg.epochs + 1):
+            lines = "".join(json.dumps(record) + "\n" for record in records)
+            write_atomically(folder / "metrics.jsonl", lines.encode())
+            saved = packed(torch.save, dict(  # bytes: an epoch that is cut off is forgotten whole
+                config=dataclasses.asdict(cfg), targets=targets, records=records,
+                prototypes=prototypes, random=torch.get_rng_state(),
+                learners=[own.state() for own in learners]))
+            if epoch == begin or epoch % save_every == 0:
+                write_atomically(folder / "checkpoint.pt", saved)
+            if epoch == cfg.epochs:
+                return learners, views, records
+            start, both, lr = time.time(), [], cosine_lr(epoch, cfg.lr, cfg.lr_period)
             phase = cfg.method if cfg.method != "co-reg" else (
                 "warm-up" if epoch < cfg.warm_up else "co-train")
-            if phase == "co-train":
-                splits = [split_data(own, images, views, candidates, prior, cfg)
-                          for own in learners]
-                partners, others = learners[::-1], splits[::-1]
-                if "co-pl" in cfg.ablate:
-                    partners, others = learners, splits
-                epochs = [co_training_epoch(own, partner, split, prototypes, images, candidates,
-                                            views, cfg, epoch)
-                          for own, partner, split in zip(learners, partners, others)]
-            else:
-                epochs = [warm_up_epoch(own, images, candidates, views, cfg) for own in learners]
-            both = [mean_terms(steps, epoch) for steps in epochs]  # network 1, then network 2
+            splits = [] if phase != "co-train" else [
+                split_data(own, images, views, candidates, prior, cfg) for own in learners]
+            for i, own in enumerate(learners):
+                own.optimizer.param_groups[0]["lr"] = lr
+                other = i if "co-pl" in cfg.ablate else 1 - i
+                steps = (co_training_epoch(own, learners[other], splits[other], prototypes, images,
+                                           candidates, views, cfg, epoch) if splits else
+                         warm_up_epoch(own, images, candidates, views, cfg))
+                both.append(mean_terms(steps, epoch))
             terms = {name: sum(means.get(name, 0.0) for means in both) / 2 for name in TERMS}
-            clean = [int((clean_prob > 0.5).sum()) for _, clean_prob in splits]
-            record = dict(
+            records.append(dict(
                 epoch=epoch + 1, phase=phase, lr=lr, loss=sum(terms.values()), **terms,
-                clean=sum(clean) / 2, **figures([own.net for own in learners], views, splits))
-            records.append(dict(record, seconds=round(time.time() - start, 2)))
-            saved = checkpoint()
-            if (epoch + 1) % save_every == 0:
-                write_atomically(folder / "checkpoint.pt", saved)
-            with open(folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(records[-1]) + "\n")
-            cells = [records[-1].get(name, "-") for name in COLUMNS]
-            cells = (f"{c:8.4f}" if isinstance(c, float) else f"{c:>8}" for c in cells)
-            print(*cells, flush=True)
+                clean=sum(int((clean_prob > 0.5).sum()) for _, clean_prob in splits) / 2,
+                **figures([own.net for own in learners], views, splits),
+                seconds=round(time.time() - start, 2)))
+            cells = (records[-1].get(name, "-") for name in COLUMNS)
+            print(*(f"{c:8.4f}" if isinstance(c, float) else f"{c:>8}" for c in cells), flush=True)
     except OSError as error:
         raise CoregError(f"stopped: cannot write in {folder} ({error.strerror}); the checkpoint of "
                          f"before is good: make room, then --resume {folder}", 1) from error
     except KeyboardInterrupt:
-        write_atomically(folder / "checkpoint.pt", saved)
+        if saved:
+            write_atomically(folder / "checkpoint.pt", saved)
         raise CoregError(f"interrupted; to go on: python coreg.py --resume {folder}", 130)
-    return learners, views, records
 
 class Classifier:
     """model.pt of a run as a function: uint8 [N,C,S,S] -> probabilities [N,K] of class_names."""
@@ -1334,10 +1295,10 @@ def predict_files(cfg):
     out = csv.writer(table, lineterminator="\n")
     out.writerow("path,label,confidence,label_2,confidence_2,label_3,confidence_3".split(","))
     for images, _, rows in load_batches(Files(paths), classify.prepare, "predict", cfg.num_workers):
-        best = classify(images).topk(min(3, len(classify.class_names))) if rows else ()
-        for row, *pairs in zip(rows, *(column.tolist() for column in best)):
-            named = [(classify.class_names[k], f"{share:.4f}") for share, k in zip(*pairs)]
-            out.writerow([paths[row], *(cell for pair in named for cell in pair)])
+        for row, probs in zip(rows, classify(images).cpu() if rows else ()):
+            best = zip(*probs.topk(min(3, len(probs))))
+            pairs = ((classify.class_names[k], f"{share:.4f}") for share, k in best)
+            out.writerow(sum(pairs, (paths[row],)))  # one long tuple
         read.update(rows)
     report_broken(paths, read)
     expect(read, "--predict", f"an image or a folder with images, as {source}", "none to read")
@@ -1381,13 +1342,16 @@ def save_model(path, learners, views, class_names, cfg):
         std=views.std.cpu(), shape=[len(class_names), cfg.channels, cfg.image_size, cfg.width,
                                     cfg.embedding_dim])))  # of CoRegNet
 
-def print_table(cfg, candidates, labels, test_probs, test_labels, records):
-    """From the annotator to the last epoch, as far as labels exist."""
-    table = {}
-    if test_probs is not None and test_labels is not None:
-        single = [accuracy(probs, test_labels) for probs in test_probs]
-        table["zero-shot %, best single template*"] = max(single)
-        table["zero-shot %, mean of templates"] = accuracy(test_probs.float().mean(0), test_labels)
+def report(cfg, class_names, train_part, test_part, candidates, shares, test_probs, records, both):
+    """From the annotator to the last epoch, as far as labels exist, and what changed on the way.
+    The parts: of read_images(). both(images): mean logits [N,K] of the networks."""
+    (images, labels, _, names), (test_images, test_labels, *_) = train_part, test_part
+    table, annotated = {}, test_probs is not None and test_labels is not None
+    if annotated:
+        before = test_probs.float().mean(0)  # [N,K]
+        table["zero-shot %, best single template*"] = max(
+            accuracy(probs, test_labels) for probs in test_probs)
+        table["zero-shot %, mean of templates"] = accuracy(before, test_labels)
     table["candidate sets with the true label* %"] = coverage(candidates, labels)
     table["candidate sets, mean size"] = candidates.float().sum(1).mean().item()
     if cfg.warm_up and cfg.method == "co-reg":
@@ -1397,6 +1361,21 @@ def print_table(cfg, candidates, labels, test_probs, test_labels, records):
     for name, value in table.items():
         if value is not None:
             print(f"{name:40} {value:6.2f}")
+    if annotated:
+        print("test accuracy % per class, mean of templates -> both networks:")
+        scores = before, both(test_images)
+        for k, name in enumerate(class_names):
+            rows = test_labels == k
+            if rows.any():
+                old, new = (accuracy(part[rows], test_labels[rows]) for part in scores)
+                print(f"{name:40.40} {old:6.2f} -> {new:6.2f}")
+    if cfg.annotator != "flip":
+        print("training images whose label changed most confidently, annotator -> both networks:")
+        old, (confidence, new) = shares.argmax(1), both(images).softmax(1).max(1)
+        for row in (confidence * (old != new)).argsort(descending=True)[:10].tolist():
+            if old[row] != new[row]:
+                print(f"{str(names[row]):40} {class_names[old[row]]} -> {class_names[new[row]]} "
+                      f"({confidence[row]:.2f})")
 
 def run(cfg):
     """Data -> annotation -> training -> the files of the run and a table."""
@@ -1405,11 +1384,9 @@ def run(cfg):
     cfg, folder, state = load_checkpoint(cfg) if cfg.resume else (cfg, choose_folder(cfg), None)
     device, templates = pick_device(cfg.device), load_templates(cfg)
     train_set, test_set, class_names = read_dataset(cfg)
-    images, labels, train_set, names = read_images(train_set, cfg, "read train")
-    test_images, test_labels, test_set, _ = read_images(test_set, cfg, "read test")
+    images, labels, train_set, _ = train_part = read_images(train_set, cfg, "read train")
+    test_images, test_labels, test_set, _ = test_part = read_images(test_set, cfg, "read test")
     expect(len(images) > 1, f"--data-dir {cfg.data_dir}", "images", "none that can be read")
-    expect(labels is not None or not cfg.needs_labels, "--annotator flip, --method supervised",
-           "a data set with labels of the training images", "none")
     with lock(folder):
         print(f"{cfg.dataset}: {len(images)} training and {len(test_images)} test images, "
               f"{len(class_names)} classes, on {device}; results go to {folder}")
@@ -1428,14 +1405,8 @@ def run(cfg):
             cfg, on_device(images, device), targets.to(device), (prior / prior.sum()).to(device),
             figures, folder, device, state)
         save_model(folder / "model.pt", learners, views, class_names, cfg)
-    print_table(cfg, candidates, labels, test_probs, test_labels, records)
-    def both(pixels): return sum(predict(own.net, pixels, views.plain).cpu() for own in learners) / 2
-    if test_probs is not None and test_labels is not None:
-        print("test accuracy % per class, mean of templates -> both networks:")
-        print_classes(class_names, test_labels, test_probs.float().mean(0), both(test_images))
-    if cfg.annotator != "flip":
-        print("training images whose label changed most confidently, annotator -> both networks:")
-        print_changes(class_names, names, shares, both(images))
+    def both(some): return sum(predict(own.net, some, views.plain).cpu() for own in learners) / 2
+    report(cfg, class_names, train_part, test_part, candidates, shares, test_probs, records, both)
     print(f"(*: needs labels that training never sees)  The classifier: {folder / 'model.pt'}")
 
 def main(argv=None):

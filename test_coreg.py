@@ -307,7 +307,8 @@ def test_parse_takes_the_defaults_of_the_data_set(name, differs):
 @pytest.mark.parametrize("name", C.DATASETS)
 def test_parse_lets_every_preset_be_overridden(name):
     preset = C.DATASETS[name].preset
-    words = dict(tiny="clip", digits="small", digit="photo", sign="photo", grey="photo")
+    words = dict(tiny="clip", digits="small", digit="photo", sign="photo", grey="photo",
+                 fp32="bf16")
     for key, value in preset.items():
         other = {int: lambda: 3 if key == "channels" else value + 1, float: lambda: value / 2,
                  str: lambda: words[value]}[type(value)]()
@@ -321,7 +322,7 @@ def test_parse_sets_every_field_by_its_flag(field):
     kinds = {bool: lambda: True, int: lambda: field.default + 1,
              float: lambda: field.default / 2, str: lambda: "x"}
     value = dict(channels=1, ablate="co-pl,gmm").get(field.name)
-    value = value or (field.metadata["choices"] or [kinds[field.type]()])[-1]
+    value = value or (field.metadata["options"].get("choices") or [kinds[field.type]()])[-1]
     argv = [C.flag(field.name)] + [str(value)] * (field.type is not bool)
     cfg = C.parse(["--dataset", "cifar10", *argv])
     assert getattr(cfg, field.name) == value != field.default
@@ -409,7 +410,7 @@ def test_pick_device_prefers_cuda_then_mps(cuda, mps, best, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(torch, "zeros", lambda n, device: SimpleNamespace(
-        device=SimpleNamespace(type=device)))
+        device=SimpleNamespace(type=device), item=int))
     assert (C.pick_device("auto").type, C.pick_device("cpu").type) == (best, "cpu")
 
 def test_choose_folder_counts_up_to_a_free_name():
@@ -1871,7 +1872,7 @@ def test_resume_refuses_conflicts(photos, tmp_path, monkeypatch, capsys):
     holder = C.lock(tmp_path / "run")
     assert C.main(["--resume", str(tmp_path / "run")]) == 2
     one_line(capsys, "another process")
-    holder.close()
+    holder.lock.release()
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 
 @pytest.mark.parametrize("damage", ["gone", "empty", "cut", "bit", "other"])
@@ -1891,7 +1892,7 @@ def test_run_full_disk_keeps_checkpoint(photos, finished, tmp_path, monkeypatch,
 
     def full(path, content):
         count.append(path)
-        if len(count) > 6:  # two labels, config, two at the start, then one an epoch
+        if len(count) > 8:  # two labels, config, two at the start, then two an epoch
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         real(path, content)
     with monkeypatch.context() as patch:
@@ -1937,7 +1938,6 @@ def test_resume_after_kill(photos, tmp_path, monkeypatch):
 def test_digits_from_annotation_to_metrics(tmp_path, monkeypatch, capsys):
     """The embedded default in small: TinyCLIP hardly trained, three epochs."""
     monkeypatch.setattr(C, "TINY_STEPS", 30)
-    monkeypatch.setattr(C, "TINY_IMAGES", 4)
     args = ["--data-dir", str(tmp_path / "data"), "--output-dir", str(tmp_path / "run"), "--epochs",
             "3", "--warm-up", "2", "--width", "4", "--start-contrastive", "0",
             "--num-samples", "200"]
