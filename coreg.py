@@ -856,12 +856,11 @@ class MomentumQueue(nn.Module):
 
     def push(self, keys, classes, clean):
         """keys [B,D], classes int [B], clean bool [B] take the next slots; the oldest go."""
-        count = len(keys[-self.size:])
-        places = (self.pushed + torch.arange(count, device=keys.device)) % self.size
-        for slots, new in ((self.slots, keys.detach()), (self.slot_classes, classes),
-                           (self.slot_clean, clean)):
-            slots[places] = new[-self.size:]
-        self.pushed += count
+        keys, classes, clean = (new[-self.size:] for new in (keys.detach(), classes, clean))
+        places = (self.pushed + torch.arange(len(keys), device=keys.device)) % self.size
+        self.slots[places] = keys
+        self.slot_classes[places], self.slot_clean[places] = classes, clean
+        self.pushed += len(keys)
 
 def contrastive_masks(classes, clean, num_anchors):
     """classes int, clean bool [M] of [anchors, their keys, queue] -> (positives, ignored) [A,M].
@@ -982,8 +981,8 @@ def evaluate(train_labels, test_labels, test_images, candidates, nets, views, sp
 
 def setting(default, help, low=None, high=math.inf, **options):
     """A field of Config and flag of the command line: a number from low to high, or a choice."""
-    metadata = dict(help=help, low=low, high=high, options=options)  # options: of argparse
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=dict(
+        help=help, low=low, high=high, options=options))  # of argparse
 
 ABLATIONS = ["co-pl", "mixup", "prototype", "contrastive", "alignment", "gmm", "multi-prompt"]
 
@@ -999,8 +998,7 @@ class Config:
     views: str = setting("photo", "random views; sign: no mirror image, grey: no RandAugment",
                          choices=["photo", "sign", "grey", "digit"])
     num_workers: int = setting(min(8, os.cpu_count() or 1), "processes that decode images", 0)
-    annotator: str = setting("clip", "who makes the candidate sets; flip: noise on true labels, "
-                             "a study", choices=["clip", "tiny", "flip"])
+    annotator: str = setting("clip", "flip: noise on TRUE labels", choices=["clip", "tiny", "flip"])
     clip_model: str = setting("ViT-B-32-quickgelu", "any model of open_clip")
     clip_pretrained: str = setting("openai", "open_clip's tag of its weights, or a local file")
     annotations: str = setting("", "an .npz of candidates, probs or votes, in place of CLIP")
@@ -1012,8 +1010,7 @@ class Config:
     ratio: float = setting(0.5, "for ratio: least probability, as a share of the largest", 0, 1)
     partial_rate: float = setting(0.1, "for flip: chance q of each wrong label to join", 0, 1)
     noise_rate: float = setting(0.1, "for flip: chance eta that the true label is missing", 0, 1)
-    method: str = setting("co-reg", "or a baseline, by cross-entropy: pce: on the sets, hard: on "
-                          "single labels, distill: on mean shares, supervised: on TRUE labels",
+    method: str = setting("co-reg", "or a baseline: on sets, single labels, shares or TRUE labels",
                           choices=["co-reg", "pce", "hard", "distill", "supervised"])
     ablate: str = setting("", "parts to leave out, with commas: " + ", ".join(ABLATIONS))
     epochs: int = setting(800, "epochs in all", 1)
@@ -1038,8 +1035,7 @@ class Config:
     output_dir: str = setting("", "folder of the run; empty: runs/<dataset>, then -2, -3, ...")
     overwrite: bool = setting(False, "replace what --output-dir holds")
     save_every: int = setting(0, "epochs between checkpoints; 0: 1 up to 100 epochs, else 10", 0)
-    resume: str = setting("", "go on with the run of this folder; alone: the newest unfinished",
-                          nargs="?", const="newest")
+    resume: str = setting("", "run to go on with; alone: the newest", nargs="?", const="newest")
     predict: str = setting("", "label this image, or all below this folder, with --model")
     model: str = setting("", "for --predict: model.pt of a run")
 
@@ -1088,9 +1084,9 @@ def parse(argv=None, defaults=None):
         group.add_argument(flag(f.name), default=f.default, help=text, **kind)
     argv = sys.argv[1:] if argv is None else argv
     first, unknown = parser.parse_known_args([w for w in argv if w not in ("-h", "--help")])
-    for word in unknown:
-        near = difflib.get_close_matches(word, map(flag, vars(first)), 1)
-        fail(f"unknown argument {word}" + "".join(f", did you mean {name}?" for name in near))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], map(flag, vars(first)), 1)
+        fail(f"unknown argument {unknown[0]}" + (f", did you mean {near[0]}?" if near else ""))
     parser.set_defaults(**(defaults or DATASETS[first.dataset].preset))
     cfg = Config(**vars(parser.parse_args(argv)))
     cfg.argv = argv  # to parse it again once --resume knows better defaults
@@ -1105,22 +1101,15 @@ def pick_device(name):
         probe.item()  # the device "meta" computes nothing
         return probe.device
 
-def fast_at_bf16(device):
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-
 def choose_folder(cfg):
     """The folder of the run, not yet created."""
-    folder, number = Path(cfg.output_dir or f"runs/{cfg.dataset}"), 1
-    while (folder / "config.json").exists() and not (cfg.output_dir and cfg.overwrite):
-        if cfg.output_dir:
-            raise CoregError(f"--output-dir: {folder} holds a run; name another folder, or add "
-                             "--overwrite or --resume")
-        number += 1
-        folder = Path(f"runs/{cfg.dataset}-{number}")
-    return folder
+    names = [cfg.output_dir] if cfg.output_dir else (
+        f"runs/{cfg.dataset}" + f"-{i}" * (i > 1) for i in range(1, sys.maxsize))
+    for folder in map(Path, names):
+        if not (folder / "config.json").exists() or (cfg.output_dir and cfg.overwrite):
+            return folder
+    raise CoregError(f"--output-dir: {folder} holds a run; name another folder, or add --overwrite "
+                     "or --resume")
 
 def lock(folder):
     """Keeps other processes out, until it is released or this process ends, in whatever way."""
@@ -1201,7 +1190,10 @@ def mean_terms(steps, epoch):
 def make_learner(cfg, num_classes, device):
     """A new network with its state, on the device, in the precision and layout fastest there."""
     net = CoRegNet(num_classes, cfg.channels, cfg.image_size, cfg.width, cfg.embedding_dim)
-    net.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and fast_at_bf16(device))
+    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
+            device.type == "cpu" and any(torch.cpu.get_capabilities().get(unit, False)
+                                         for unit in ("avx512_bf16", "amx_bf16")))
+    net.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and fast)
     own = Learner(net.to(device, memory_format=torch.channels_last), cfg)
     if cfg.compile:
         own.net.compile(), own.key_net.compile()
@@ -1336,11 +1328,11 @@ def choose_targets(cfg, candidates, shares, labels):
 
 def save_model(path, learners, views, class_names, cfg):
     """All that Classifier needs."""
+    nets = [{name: value.cpu() for name, value in own.net.state_dict().items()} for own in learners]
+    shape = [len(class_names), cfg.channels, cfg.image_size, cfg.width, cfg.embedding_dim]
     write_atomically(path, packed(torch.save, dict(
-        networks=[{name: value.cpu() for name, value in own.net.state_dict().items()}
-                  for own in learners], class_names=class_names, mean=views.mean.cpu(),
-        std=views.std.cpu(), shape=[len(class_names), cfg.channels, cfg.image_size, cfg.width,
-                                    cfg.embedding_dim])))  # of CoRegNet
+        networks=nets, class_names=class_names, mean=views.mean.cpu(), std=views.std.cpu(),
+        shape=shape)))
 
 def report(cfg, class_names, train_part, test_part, candidates, shares, test_probs, records, both):
     """From the annotator to the last epoch, as far as labels exist, and what changed on the way.
