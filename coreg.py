@@ -323,7 +323,8 @@ def read_annotations(path, num_images, num_classes, cfg):
     else:
         shares = array.float().mean(0) if name == "probs" else array
     empty = ~shares.bool().any(1)  # [N]
-    print(f"annotation: {int(empty.sum())} images have no label: all classes are candidates")
+    if empty.any():
+        print(f"annotation: {int(empty.sum())} images have no label: all classes are candidates")
     shares = F.normalize(shares.float() + empty[:, None], p=1, dim=1)  # [N,K]
     if cfg.candidates not in ("multi_prompt", "soft"):
         return candidate_sets(shares[None], cfg.candidates, cfg.top_k, cfg.ratio), shares
@@ -332,7 +333,6 @@ def read_annotations(path, num_images, num_classes, cfg):
 def load_clip(cfg, device):
     """open_clip's model, its preprocessing of PIL images, and its tokenizer."""
     import open_clip  # here, so that `import coreg` stays light
-    logging.disable(logging.ERROR)  # what it logs before it raises is said here, in one line
     name, weights = cfg.clip_model, cfg.clip_pretrained
     hub = open_clip.get_pretrained_cfg(name, weights).get("hf_hub", "")
     hub += "open_clip_model.safetensors" * hub.endswith("/")
@@ -340,9 +340,13 @@ def load_clip(cfg, device):
     near = difflib.get_close_matches(name, open_clip.list_models())
     hint = (f"download huggingface.co/{hub} and pass its path to --clip-pretrained" if hub else
             f"expected a file made for it, one of its tags {tags}, or another model, as {near}")
-    with advice(f"--clip-model {name} --clip-pretrained {weights} did not load: {hint}"):
-        model, _, preprocess = open_clip.create_model_and_transforms(
-            name, weights, device=device, require_pretrained=True)
+    logging.disable(logging.ERROR)  # what it logs before it raises is said here, in one line
+    try:
+        with advice(f"--clip-model {name} --clip-pretrained {weights} did not load: {hint}"):
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                name, weights, device=device, require_pretrained=True)
+    finally:
+        logging.disable(logging.NOTSET)
     return model.eval(), preprocess, open_clip.get_tokenizer(name)
 
 # TinyCLIP, the annotator of the digits, is open_clip's CLIP class and tokenizer in a tiny size,
@@ -671,17 +675,13 @@ def batches(rows, batch_size):
         parts[-2:] = [torch.cat(parts[-2:])]
     return parts
 
-def fetch(data, rows, net):
-    """Rows (on the CPU) of data, as a batch on the network's device, wherever the data rest."""
-    return data[rows].to(device_of(net), non_blocking=True)
-
 def warm_up_epoch(own, images, candidates, views, cfg):
     """Every image once, in batches of 2B; yields each step's loss terms. Candidates that are soft
     labels (float [N,K]) are learnt by plain cross-entropy: distillation, no sets."""
     own.net.train()
     for rows in batches(torch.arange(len(images)), 2 * cfg.batch_size):
-        logits, _ = own.net(views.strong(fetch(images, rows, own.net)))
-        targets = fetch(candidates, rows, own.net)
+        logits, _ = own.net(views.strong(images[rows].to(candidates.device, non_blocking=True)))
+        targets = candidates[rows]
         yield own.step({"set": F.cross_entropy(logits, targets)} if targets.is_floating_point() else
                        {"set": partial_cross_entropy(logits, targets),
                         "entropy": negative_entropy(logits)})
@@ -705,9 +705,10 @@ def clean_probability(loss_history, window=5, seed=0):
     Each epoch is scaled to 0..1, the last `window` are averaged, a two-component mixture is fitted.
     All zeros where none can be fitted (constant losses, one sample); an infinite loss is worst."""
     losses = loss_history[-window:].float()
-    worst = losses.masked_fill(~losses.isfinite(), -math.inf).amax(1, keepdim=True)
-    losses = torch.where(losses.isfinite(), losses, worst)
-    low, high = losses.amin(1, keepdim=True), losses.amax(1, keepdim=True)
+    finite = losses.isfinite()
+    high = losses.masked_fill(~finite, -math.inf).amax(1, keepdim=True)  # [E,1]
+    losses = torch.where(finite, losses, high)
+    low = losses.amin(1, keepdim=True)
     mean = ((losses - low) / (high - low).clamp_min(1e-12)).mean(0)  # [N]
     if not mean.isfinite().all() or mean.max() == mean.min():
         return torch.zeros_like(mean)
@@ -724,9 +725,7 @@ def split_data(learner, images, views, candidates, prior, cfg):
     DIFFERS: predictions are aligned with the mean of this very pass; the published code uses a
     table that is half of the last epoch's. And where less than a batch is clean (less than a tenth,
     if the data are few), the tenth with the lowest losses is; the published code crashes."""
-    learner.net.eval()
-    probs = torch.cat([learner.net(views.weak(batch.to(candidates.device)))[0].softmax(1)
-                       for batch in images.split(EVAL_BATCH)])  # [N,K]
+    probs = predict(learner.net, images, views.weak).softmax(1)  # [N,K]
     if "alignment" not in cfg.ablate:
         probs = align_distribution(probs, probs.mean(0), prior)
     losses = max_candidate_loss(probs, candidates)
@@ -755,9 +754,8 @@ def refine_labels(own_probs, partner_probs, candidates, clean_prob, temperature)
     """Targets [B,K] of clean samples: sharpen(w r + (1-w) o).
     own_probs [B,K]: o, the mean of the own softmax on both weak views. partner_probs [B,K] are
     restricted to the bool candidates [B,K] here, which gives r. clean_prob [B]: w."""
-    inside = partner_probs * candidates
-    underflow = inside.sum(1, keepdim=True) == 0  # then all candidates count alike
-    restricted = F.normalize(torch.where(underflow, candidates.to(inside), inside), p=1, dim=1)
+    inside = partner_probs.clamp_min(1e-12) * candidates  # where all underflow, they count alike
+    restricted = F.normalize(inside, p=1, dim=1)
     return sharpen(torch.lerp(own_probs, restricted, clean_prob[:, None]), temperature)
 
 def guess_labels(probs, temperature):
@@ -830,12 +828,11 @@ class MomentumQueue(nn.Module):
 
     def push(self, keys, classes, clean):
         """keys [B,D], classes int [B], clean bool [B] take the next slots; the oldest go."""
-        count = len(keys[-self.size:])
-        places = (self.pushed + torch.arange(count, device=keys.device)) % self.size
-        for slots, new in ((self.slots, keys.detach()), (self.slot_classes, classes),
-                           (self.slot_clean, clean)):
-            slots[places] = new[-self.size:]
-        self.pushed += count
+        keys, classes, clean = (new[-self.size:] for new in (keys.detach(), classes, clean))
+        places = (self.pushed + torch.arange(len(keys), device=keys.device)) % self.size
+        self.slots[places] = keys
+        self.slot_classes[places], self.slot_clean[places] = classes, clean
+        self.pushed += len(keys)
 
 def contrastive_masks(classes, clean, num_anchors):
     """classes int, clean bool [M] of [anchors, their keys, queue] -> (positives, ignored) [A,M].
@@ -861,29 +858,28 @@ def supcon_loss(features, positives, ignored, temperature):
 
 MIXUP_ALPHA, PROTO_TEMPERATURE, CONTRASTIVE_TEMPERATURE = 4.0, 0.3, 0.07  # paper, section 4.1
 
-def co_training_terms(own, partner_net, prototypes, views_x, views_u, candidates, clean_prob,
+def co_training_terms(own, partner_net, prototypes, weak, strong, candidates, clean_prob,
                       partner_probs, lam, permutation, weight_u, representation, cfg):
     """One batch of co-training of network `own` -> ({name: loss term}, new prototypes).
-    views_x, views_u: four views (w1, w2, s1, s2), [B,C,S,S] each; views_u may be empty. candidates
-    bool [B,K], clean_prob [B], partner_probs [B,K]: of the clean rows. lam, permutation
+    weak, strong [2B_x+2B_u,C,S,S]: two views of all clean rows, then two of all unlabeled rows (B_u
+    may be 0). candidates bool [B_x,K], clean_prob [B_x], partner_probs [B_x,K]. lam, permutation
     [2B_x+2B_u]: mixup. representation: are sections 8 and 9 on? All in the published order."""
-    (x_w1, x_w2, x_s1, x_s2), (u_w1, u_w2, u_s1, u_s2) = views_x, views_u
-    num_x, num_u = len(x_w1), len(u_w1)
+    num_x, num_u = len(candidates), len(weak) // 2 - len(candidates)
+    x, u = slice(2 * num_x), slice(2 * num_x, None)  # after mixup too, whatever was mixed in
     with torch.no_grad():  # the own network labels in train mode, as published
         # DIFFERS: all weak views share one forward pass of it, so also their batch statistics.
-        logits_w, embeddings_w = own.net(torch.cat([x_w1, x_w2, u_w1, u_w2]))
-        probs_x, probs_u = logits_w.softmax(1).split([2 * num_x, 2 * num_u])
-        targets_x = refine_labels(probs_x.view(2, num_x, -1).mean(0), partner_probs, candidates,
-                                  clean_prob, cfg.temperature)
-        probs_u = probs_u.view(2, num_u, -1) if num_u else probs_u[None]  # [V,B,K]
+        logits_w, embeddings_w = own.net(weak)
+        probs_w = logits_w.softmax(1)
+        targets_x = refine_labels(probs_w[x].unflatten(0, (2, num_x)).mean(0), partner_probs,
+                                  candidates, clean_prob, cfg.temperature)
+        probs_u = probs_w[u].unflatten(0, (2, num_u))  # [V,B,K]
         if num_u and partner_net is not own.net:  # the same: ablation of co-pseudo-labeling
-            partner_logits, _ = partner_net(torch.cat([u_w1, u_w2]))
-            probs_u = torch.cat([probs_u, partner_logits.softmax(1).view(2, num_u, -1)])
+            partner_probs_u = partner_net(weak[u])[0].softmax(1)
+            probs_u = torch.cat([probs_u, partner_probs_u.unflatten(0, (2, num_u))])
         targets_u = guess_labels(probs_u, cfg.temperature)
     targets = torch.cat([targets_x, targets_x, targets_u, targets_u])
-    inputs, mixed = mixup(torch.cat([x_s1, x_s2, u_s1, u_s2]), targets, lam, permutation)
+    inputs, mixed = mixup(strong, targets, lam, permutation)
     logits, embeddings = own.net(inputs)
-    x, u = slice(2 * num_x), slice(2 * num_x, None)  # x: the first rows, whatever was mixed in
     terms = {"self": self_training_loss(logits[x], mixed[x], logits[u], mixed[u], weight_u)}
     if not representation:  # DIFFERS: the published code computes the rest, then drops it
         return terms, prototypes
@@ -896,6 +892,7 @@ def co_training_terms(own, partner_net, prototypes, views_x, views_u, candidates
             similarity[x], targets[x], other[x], similarity[u], targets[u], other[u],
             lam, PROTO_TEMPERATURE, cfg.lambda_u)
     if cfg.contrastive_weight:
+        x_s1, x_s2, u_s1, u_s2 = strong.split([num_x, num_x, num_u, num_u])
         _, queries = own.net(torch.cat([x_s1, u_s1]))
         with torch.no_grad():  # the key encoder follows the network as it is before this step
             follow = get_ema_multi_avg_fn(cfg.momentum)
@@ -905,9 +902,8 @@ def co_training_terms(own, partner_net, prototypes, views_x, views_u, candidates
         clean, queue = torch.arange(len(classes), device=classes.device) < num_x, own.queue
         positives, ignored = contrastive_masks(torch.cat([classes, classes, queue.classes]),
                                                torch.cat([clean, clean, queue.clean]), len(queries))
-        features = torch.cat([queries, keys, queue.keys])  # [M,D]
         terms["contrastive"] = cfg.contrastive_weight * supcon_loss(
-            features, positives, ignored, CONTRASTIVE_TEMPERATURE)
+            torch.cat([queries, keys, queue.keys]), positives, ignored, CONTRASTIVE_TEMPERATURE)
         queue.push(keys, classes, clean)
     return terms, prototypes
 
@@ -919,10 +915,10 @@ def co_training_terms(own, partner_net, prototypes, views_x, views_u, candidates
 EVAL_BATCH = 512
 
 @torch.inference_mode()
-def predict(net, images, views):
-    """Logits [N,K] of one network in eval mode for uint8 images [N,C,S,S] on any device."""
+def predict(net, images, view):
+    """Logits [N,K] of one network in eval mode for a view of uint8 images [N,C,S,S], anywhere."""
     net.eval()
-    return torch.cat([net(views.plain(batch.to(device_of(net))))[0]
+    return torch.cat([net(view(batch.to(device_of(net))))[0]
                       for batch in images.split(EVAL_BATCH)])
 
 def accuracy(scores, labels):
@@ -940,7 +936,7 @@ def evaluate(train_labels, test_labels, test_images, candidates, nets, views, sp
     """Figures of one epoch: test accuracy of both networks and of each; how good the splits are."""
     figures = {}
     if test_labels is not None:
-        one, two = (predict(net, test_images, views) for net in nets)
+        one, two = (predict(net, test_images, views.plain) for net in nets)
         for name, logits in dict(test_acc=one + two, test_acc_net1=one, test_acc_net2=two).items():
             figures[name] = accuracy(logits, test_labels)
     if train_labels is not None and splits:
@@ -950,31 +946,15 @@ def evaluate(train_labels, test_labels, test_images, candidates, nets, views, sp
         figures["pseudo_label_acc*"] = accuracy(splits[0][0] + splits[1][0], train_labels)
     return figures
 
-def print_classes(class_names, labels, before, after):
-    """Test accuracy per class, of the annotator's scores [N,K] and of both networks' [N,K]."""
-    for k, name in enumerate(class_names):
-        rows = (labels == k).nonzero()[:, 0]
-        if len(rows):
-            print(f"{name:40.40} {accuracy(before[rows], labels[rows]):6.2f} -> "
-                  f"{accuracy(after[rows], labels[rows]):6.2f}")
-
-def print_changes(class_names, names, before, after, count=10):
-    """Images whose label both networks changed most confidently: for the user's own eyes."""
-    old, (confidence, new) = before.argmax(1), after.softmax(1).max(1)
-    order = (confidence * (old != new)).argsort(descending=True)[:count].tolist()
-    for row in [row for row in order if old[row] != new[row]]:
-        print(f"{str(names[row]):40} {class_names[old[row]]} -> {class_names[new[row]]} "
-              f"({confidence[row]:.2f})")
-
 # (11) The training loop, checkpoints and the command line ----------------------------------------
 # After the warm-up, every epoch both networks split the data; network 1 then trains on the split of
 # network 2, and network 2 on that of network 1 ("co-divide"). One log line and one JSON object an
 # epoch; the last epoch is the result.
 
-def setting(default, help, low=None, high=math.inf, choices=None):
+def setting(default, help, low=None, high=math.inf, **options):
     """A field of Config and flag of the command line: a number from low to high, or a choice."""
     return dataclasses.field(default=default, metadata=dict(
-        help=help, low=low, high=high, choices=choices))
+        help=help, low=low, high=high, options=options))  # of argparse
 
 ABLATIONS = ["co-pl", "mixup", "prototype", "contrastive", "alignment", "gmm", "multi-prompt"]
 
@@ -990,8 +970,7 @@ class Config:
     views: str = setting("photo", "random views; sign: no mirror image, grey: no RandAugment",
                          choices=["photo", "sign", "grey", "digit"])
     num_workers: int = setting(min(8, os.cpu_count() or 1), "processes that decode images", 0)
-    annotator: str = setting("clip", "who makes the candidate sets; flip: noise on true labels, "
-                             "a study", choices=["clip", "tiny", "flip"])
+    annotator: str = setting("clip", "flip: noise on TRUE labels", choices=["clip", "tiny", "flip"])
     clip_model: str = setting("ViT-B-32-quickgelu", "any model of open_clip")
     clip_pretrained: str = setting("openai", "open_clip's tag of its weights, or a local file")
     annotations: str = setting("", "an .npz of candidates, probs or votes, in place of CLIP")
@@ -1003,8 +982,7 @@ class Config:
     ratio: float = setting(0.5, "for ratio: least probability, as a share of the largest", 0, 1)
     partial_rate: float = setting(0.1, "for flip: chance q of each wrong label to join", 0, 1)
     noise_rate: float = setting(0.1, "for flip: chance eta that the true label is missing", 0, 1)
-    method: str = setting("co-reg", "or a baseline, by cross-entropy: pce: on the sets, hard: on "
-                          "single labels, distill: on mean shares, supervised: on TRUE labels",
+    method: str = setting("co-reg", "or a baseline: on sets, single labels, shares or TRUE labels",
                           choices=["co-reg", "pce", "hard", "distill", "supervised"])
     ablate: str = setting("", "parts to leave out, with commas: " + ", ".join(ABLATIONS))
     epochs: int = setting(800, "epochs in all", 1)
@@ -1015,8 +993,7 @@ class Config:
     lr_period: int = setting(800, "epochs from lr to lr/1000; the paper always has 800", 1)
     width: int = setting(64, "channels of the first stage of the ResNet-18", 1)
     embedding_dim: int = setting(128, "size D of the embeddings", 1)
-    prior: str = setting("uniform", "class shares to align with; clip: those that CLIP predicts",
-                         choices=["uniform", "clip"])
+    prior: str = setting("uniform", "class shares to align with", choices=["uniform", "clip"])
     temperature: float = setting(0.5, "sharpening temperature T", 1e-3)
     lambda_u: float = setting(1.0, "weight of the squared error on unlabeled images", 0)
     proto_weight: float = setting(0.1, "weight of prototype alignment", 0)
@@ -1025,23 +1002,20 @@ class Config:
     queue_size: int = setting(8192, "keys Q in each queue", 1)
     seed: int = setting(0, "of networks, order and views", 0, 2 ** 32 - 1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
-    precision: str = setting("auto", "of the networks; auto: bf16 where the device is fast at it",
-                             choices=["auto", "bf16", "fp32"])
+    precision: str = setting("auto", "auto: bf16 where fast", choices=["auto", "bf16", "fp32"])
     compile: bool = setting(False, "use torch.compile: minutes at first, then faster on a GPU")
     output_dir: str = setting("", "folder of the run; empty: runs/<dataset>, then -2, -3, ...")
     overwrite: bool = setting(False, "replace what --output-dir holds")
-    save_every: int = setting(0, "epochs between checkpoints; 0: 1 in a run to 100 epochs, else 10",
-                              0)
-    resume: str = setting("", "go on with the run of this folder; alone: the newest unfinished")
+    save_every: int = setting(0, "epochs between checkpoints; 0: 1 up to 100 epochs, else 10", 0)
+    resume: str = setting("", "run to go on with; alone: the newest", nargs="?", const="newest")
     predict: str = setting("", "label this image, or all below this folder, with --model")
     model: str = setting("", "for --predict: model.pt of a run")
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            if low is not None:
-                expect(low <= value <= min(high, sys.float_info.max),  # nor nan
-                       flag(f.name), f"{low:g} to {high:g}", value)
+            low, high, value = f.metadata["low"], f.metadata["high"], getattr(self, f.name)
+            expect(low is None or low <= value <= high and value < math.inf,  # nor nan
+                   flag(f.name), f"{low} to {high}", value)
         expect(self.warm_up < self.epochs, "--warm-up", f"below --epochs {self.epochs} (set both)",
                self.warm_up)
         expect(self.annotator != "tiny" or (self.dataset, self.templates) == ("digits", "digits"),
@@ -1049,13 +1023,12 @@ class Config:
                f"{self.dataset} and {self.templates}")
         expect(self.annotator != "flip" or not (self.annotations or self.prior == "clip"),
                "--annotator flip", "no --annotations and no --prior clip", "one of them")
-        parts = {part.strip() for part in self.ablate.split(",")} - {""}
-        expect(parts <= set(ABLATIONS), "--ablate", "some of " + ",".join(ABLATIONS), self.ablate)
-        self.proto_weight *= "prototype" not in parts
-        self.contrastive_weight *= "contrastive" not in parts
-        self.candidates = "argmax" if "multi-prompt" in parts else self.candidates
+        expect(set(self.ablate.replace(" ", "").split(",")) <= {"", *ABLATIONS}, "--ablate",
+               "some of " + ",".join(ABLATIONS), self.ablate)
+        self.proto_weight *= "prototype" not in self.ablate
+        self.contrastive_weight *= "contrastive" not in self.ablate
+        self.candidates = "argmax" if "multi-prompt" in self.ablate else self.candidates
         self.method = "distill" if self.candidates == "soft" else self.method
-        self.given = set()  # the names that the command line set
 
     @property
     def needs_labels(self):
@@ -1067,8 +1040,8 @@ def flag(name):
 STAGES = dict(dataset="data", annotator="annotation", method="training", prior="details",
               seed="run")  # the first flag of each group of --help
 
-def parse(argv=None):
-    """Command line -> Config; defaults are those of the data set that the line names."""
+def parse(argv=None, defaults=None):
+    """Command line -> Config, with the given defaults or those of the data set that it names."""
     def fail(message): raise CoregError(f"{message}; see python coreg.py --help")
     parser = argparse.ArgumentParser(
         "coreg.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
@@ -1077,40 +1050,28 @@ def parse(argv=None):
     for f in dataclasses.fields(Config):
         if f.name in STAGES:
             group = parser.add_argument_group(STAGES[f.name])
-        choices = f.metadata["choices"]
         kind = dict(action="store_true") if f.type is bool else dict(
-            type=f.type, choices=choices, metavar=f.type.__name__.upper())
-        if f.name == "resume":
-            kind.update(nargs="?", const="newest")
-        group.add_argument(flag(f.name), default=f.default, **kind,
-                           help=f.metadata["help"] + (" [%(choices)s]" if choices else ""))
+            type=f.type, metavar=f.type.__name__.upper(), **f.metadata["options"])
+        text = f.metadata["help"] + " [%(choices)s]" * ("choices" in kind)
+        group.add_argument(flag(f.name), default=f.default, help=text, **kind)
     argv = sys.argv[1:] if argv is None else argv
-    unset = argparse.Namespace(**{f.name: None for f in dataclasses.fields(Config)})
-    given, unknown = parser.parse_known_args([w for w in argv if w not in ("-h", "--help")], unset)
-    parser.set_defaults(**DATASETS[given.dataset or Config.dataset].preset)
-    known = vars(parser.parse_known_args(argv)[0])
-    for word in unknown:
-        near = difflib.get_close_matches(word, map(flag, known), 1)
-        fail(f"unknown argument {word}" + "".join(f", did you mean {name}?" for name in near))
-    cfg = Config(**known)
-    cfg.given = {name for name, value in vars(given).items() if value is not None}
+    first, unknown = parser.parse_known_args([w for w in argv if w not in ("-h", "--help")])
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], map(flag, vars(first)), 1)
+        fail(f"unknown argument {unknown[0]}" + (f", did you mean {near[0]}?" if near else ""))
+    parser.set_defaults(**(defaults or DATASETS[first.dataset].preset))
+    cfg = Config(**vars(parser.parse_args(argv)))
+    cfg.argv = argv  # to parse it again once --resume knows better defaults
     return cfg
 
 def pick_device(name):
     """--device -> torch.device; auto: cuda, else mps, else cpu."""
     have = [kind for kind, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps))
             if backend.is_available()] + ["cpu"]
-    expected = f"auto or one of {have} here"
-    with advice(f"--device: expected {expected}, got {name}"):
-        device = torch.zeros(1, device=have[0] if name == "auto" else name).device
-    expect(device.type in have, "--device", expected, name)
-    return device
-
-def fast_at_bf16(device):
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    with advice(f"--device: expected auto or one of {have} here, got {name}"):
+        probe = torch.zeros(1, device=have[0] if name == "auto" else name)
+        probe.item()  # the device "meta" computes nothing
+        return probe.device
 
 def choose_folder(cfg):
     """The folder of the run, not yet created."""
@@ -1147,16 +1108,16 @@ def load_checkpoint(cfg):
                  json.loads((folder / "config.json").read_text())["dataset"] == cfg.dataset]
         expect(saved, "--resume", f"an unfinished run of {cfg.dataset}, or the folder of one",
                "none; to begin a run, leave it out")
-        path = max(saved, key=lambda file: file.stat().st_mtime)
+        path = max(saved, key=os.path.getmtime)
     path = path / "checkpoint.pt" if path.is_dir() else path
     with advice(f"--resume: {path} is missing, damaged or no checkpoint of this version"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        old = Config(**state["config"])
-    for name in cfg.given - FREE:
-        expect(getattr(old, name) == getattr(cfg, name), flag(name),
-               f"{getattr(old, name)} as in {path.parent}", getattr(cfg, name))
-    return (dataclasses.replace(old, **{name: getattr(cfg, name) for name in cfg.given & FREE}),
-            path.parent, state)
+        Config(**state["config"])
+    cfg = parse(cfg.argv, state["config"])
+    for name, old in state["config"].items():
+        new = getattr(cfg, name)
+        expect(name in FREE or new == old, flag(name), f"{old} as in {path.parent}", new)
+    return cfg, path.parent, state
 
 def cosine_lr(epoch, lr, period):
     """Half cosine from lr at epoch 0 to lr/1000 at epoch `period` and after."""
@@ -1170,24 +1131,20 @@ def co_training_epoch(own, partner, split, prototypes, images, candidates, views
     own.key_net.load_state_dict(own.net.state_dict())
     partner.net.eval(), own.net.train(), own.key_net.train()
     probs, clean_prob = split
-    clean, unlabeled = ((clean_prob.cpu() > 0.5) == part for part in (True, False))
+    clean = clean_prob.cpu() > 0.5
     batches_x, batches_u = batches(clean.nonzero()[:, 0], cfg.batch_size), []
     for step, rows_x in enumerate(batches_x):
-        batches_u = batches_u or batches(unlabeled.nonzero()[:, 0], cfg.batch_size)
+        batches_u = batches_u or batches((~clean).nonzero()[:, 0], cfg.batch_size)
         rows_u = batches_u.pop()
-        four = fetch(images, torch.cat([rows_x, rows_x, rows_u, rows_u]), own.net)  # each twice
-        sizes = [len(rows_x)] * 2 + [len(rows_u)] * 2
-        x_w1, x_w2, u_w1, u_w2 = views.weak(four).split(sizes)
-        x_s1, x_s2, u_s1, u_s2 = views.strong(four).split(sizes)
+        twice = images[torch.cat([rows_x, rows_x, rows_u, rows_u])]  # there are two views of each
+        twice = twice.to(candidates.device, non_blocking=True)
+        weak, strong = views.weak(twice), views.strong(twice)
         lam = torch.distributions.Beta(MIXUP_ALPHA, MIXUP_ALPHA).sample().item()  # on the CPU
-        permutation = torch.randperm(len(four)).to(four.device)
-        if "mixup" in cfg.ablate:
-            lam, permutation = 1, permutation.sort().values
-        weight_u = cfg.lambda_u * ramp_up(epoch + step / len(batches_x), cfg.warm_up)
+        lam = 1 if "mixup" in cfg.ablate else max(lam, 1 - lam)
         terms, updated = co_training_terms(
-            own, partner.net, prototypes, (x_w1, x_w2, x_s1, x_s2), (u_w1, u_w2, u_s1, u_s2),
-            *(fetch(data, rows_x, own.net) for data in (candidates, clean_prob, probs)),
-            max(lam, 1 - lam), permutation, weight_u,
+            own, partner.net, prototypes, weak, strong, candidates[rows_x], clean_prob[rows_x],
+            probs[rows_x], lam, torch.randperm(len(twice)).to(twice.device),
+            cfg.lambda_u * ramp_up(epoch + step / len(batches_x), cfg.warm_up),
             epoch > cfg.warm_up + cfg.start_contrastive, cfg)  # ">": as published
         prototypes.copy_(updated)
         yield own.step(terms)
@@ -1208,7 +1165,10 @@ def mean_terms(steps, epoch):
 def make_learner(cfg, num_classes, device):
     """A new network with its state, on the device, in the precision and layout fastest there."""
     net = CoRegNet(num_classes, cfg.channels, cfg.image_size, cfg.width, cfg.embedding_dim)
-    net.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and fast_at_bf16(device))
+    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
+            device.type == "cpu" and any(torch.cpu.get_capabilities().get(unit, False)
+                                         for unit in ("avx512_bf16", "amx_bf16")))
+    net.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and fast)
     own = Learner(net.to(device, memory_format=torch.channels_last), cfg)
     if cfg.compile:
         own.net.compile(), own.key_net.compile()
@@ -1223,66 +1183,55 @@ def train(cfg, images, candidates, prior, figures, folder, device, state=None):
     views = Views(cfg.views, *(value.to(device) for value in channel_statistics(images)))
     learners = [make_learner(cfg, candidates.shape[1], device) for _ in range(2)]
     prototypes = torch.zeros(candidates.shape[1], cfg.embedding_dim, device=device)
-    records = []
-    targets = digest(candidates.cpu().numpy())
+    records, saved, targets = [], None, digest(candidates.cpu().numpy())
     if state:
         expect(state["targets"] == targets, "--resume", f"images and annotations as {folder} began "
                "with", "others; bring those back, or start another run")
-        for own, saved in zip(learners, state["learners"]):
-            own.restore(saved)
+        for own, its_state in zip(learners, state["learners"]):
+            own.restore(its_state)
         prototypes, records = state["prototypes"].to(device), state["records"]
         torch.set_rng_state(state["random"])
-
-    def checkpoint():
-        return packed(torch.save, dict(  # as bytes: an epoch that is cut off is forgotten whole
-            config=dataclasses.asdict(cfg), targets=targets, records=records, prototypes=prototypes,
-            random=torch.get_rng_state(), learners=[own.state() for own in learners]))
-
-    saved, save_every = checkpoint(), cfg.save_every or (1 if cfg.epochs <= 100 else 10)
-    write_atomically(folder / "checkpoint.pt", saved)
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    write_atomically(folder / "metrics.jsonl", lines.encode())
+    begin, save_every = len(records), cfg.save_every or (1 if cfg.epochs <= 100 else 10)
     print(" ".join(f"{name.removeprefix('test_'):>8.8}" for name in COLUMNS))
     try:
-        for epoch in range(len(records), cfg.epochs):
-            start, splits, lr = time.time(), [], cosine_lr(epoch, cfg.lr, cfg.lr_period)
-            for own in learners:
-                own.optimizer.param_groups[0]["lr"] = lr
+        for epoch in range(begin, cfg.epochs + 1):
+            lines = "".join(json.dumps(record) + "\n" for record in records)
+            write_atomically(folder / "metrics.jsonl", lines.encode())
+            saved = packed(torch.save, dict(  # bytes: an epoch that is cut off is forgotten whole
+                config=dataclasses.asdict(cfg), targets=targets, records=records,
+                prototypes=prototypes, random=torch.get_rng_state(),
+                learners=[own.state() for own in learners]))
+            if epoch == begin or epoch % save_every == 0:
+                write_atomically(folder / "checkpoint.pt", saved)
+            if epoch == cfg.epochs:
+                return learners, views, records
+            start, both, lr = time.time(), [], cosine_lr(epoch, cfg.lr, cfg.lr_period)
             phase = cfg.method if cfg.method != "co-reg" else (
                 "warm-up" if epoch < cfg.warm_up else "co-train")
-            if phase == "co-train":
-                splits = [split_data(own, images, views, candidates, prior, cfg)
-                          for own in learners]
-                partners, others = learners[::-1], splits[::-1]
-                if "co-pl" in cfg.ablate:
-                    partners, others = learners, splits
-                epochs = [co_training_epoch(own, partner, split, prototypes, images, candidates,
-                                            views, cfg, epoch)
-                          for own, partner, split in zip(learners, partners, others)]
-            else:
-                epochs = [warm_up_epoch(own, images, candidates, views, cfg) for own in learners]
-            both = [mean_terms(steps, epoch) for steps in epochs]  # network 1, then network 2
+            splits = [] if phase != "co-train" else [
+                split_data(own, images, views, candidates, prior, cfg) for own in learners]
+            for i, own in enumerate(learners):
+                own.optimizer.param_groups[0]["lr"] = lr
+                other = i if "co-pl" in cfg.ablate else 1 - i
+                steps = (co_training_epoch(own, learners[other], splits[other], prototypes, images,
+                                           candidates, views, cfg, epoch) if splits else
+                         warm_up_epoch(own, images, candidates, views, cfg))
+                both.append(mean_terms(steps, epoch))
             terms = {name: sum(means.get(name, 0.0) for means in both) / 2 for name in TERMS}
-            clean = [int((clean_prob > 0.5).sum()) for _, clean_prob in splits]
-            record = dict(
+            records.append(dict(
                 epoch=epoch + 1, phase=phase, lr=lr, loss=sum(terms.values()), **terms,
-                clean=sum(clean) / 2, **figures([own.net for own in learners], views, splits))
-            records.append(dict(record, seconds=round(time.time() - start, 2)))
-            saved = checkpoint()
-            if (epoch + 1) % save_every == 0:
-                write_atomically(folder / "checkpoint.pt", saved)
-            with open(folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(records[-1]) + "\n")
-            cells = [records[-1].get(name, "-") for name in COLUMNS]
-            cells = (f"{c:8.4f}" if isinstance(c, float) else f"{c:>8}" for c in cells)
-            print(*cells, flush=True)
+                clean=sum(int((clean_prob > 0.5).sum()) for _, clean_prob in splits) / 2,
+                **figures([own.net for own in learners], views, splits),
+                seconds=round(time.time() - start, 2)))
+            cells = (records[-1].get(name, "-") for name in COLUMNS)
+            print(*(f"{c:8.4f}" if isinstance(c, float) else f"{c:>8}" for c in cells), flush=True)
     except OSError as error:
         raise CoregError(f"stopped: cannot write in {folder} ({error.strerror}); the checkpoint of "
                          f"before is good: make room, then --resume {folder}", 1) from error
     except KeyboardInterrupt:
-        write_atomically(folder / "checkpoint.pt", saved)
+        if saved:
+            write_atomically(folder / "checkpoint.pt", saved)
         raise CoregError(f"interrupted; to go on: python coreg.py --resume {folder}", 130)
-    return learners, views, records
 
 class Classifier:
     """model.pt of a run as a function: uint8 [N,C,S,S] -> probabilities [N,K] of class_names."""
@@ -1300,7 +1249,7 @@ class Classifier:
         return to_square(image, self.shape[2], self.shape[1])
 
     def __call__(self, images):
-        return (sum(predict(net, images, self.views) for net in self.nets) / 2).softmax(1)
+        return (sum(predict(net, images, self.views.plain) for net in self.nets) / 2).softmax(1)
 
 def predict_files(cfg):
     """--predict: label an image, or all below a folder, with --model, into predictions.csv."""
@@ -1313,10 +1262,10 @@ def predict_files(cfg):
     out = csv.writer(table, lineterminator="\n")
     out.writerow("path,label,confidence,label_2,confidence_2,label_3,confidence_3".split(","))
     for images, _, rows in load_batches(Files(paths), classify.prepare, "predict", cfg.num_workers):
-        best = classify(images).topk(min(3, len(classify.class_names))) if rows else ()
-        for row, *pairs in zip(rows, *(column.tolist() for column in best)):
-            named = [(classify.class_names[k], f"{share:.4f}") for share, k in zip(*pairs)]
-            out.writerow([paths[row], *(cell for pair in named for cell in pair)])
+        for row, probs in zip(rows, classify(images).cpu() if rows else ()):
+            best = zip(*probs.topk(min(3, len(probs))))
+            pairs = ((classify.class_names[k], f"{share:.4f}") for share, k in best)
+            out.writerow(sum(pairs, (paths[row],)))  # one long tuple
         read.update(rows)
     report_broken(paths, read)
     expect(read, "--predict", f"an image or a folder with images, as {source}", "none to read")
@@ -1348,25 +1297,29 @@ def choose_targets(cfg, candidates, shares, labels):
     if cfg.method == "supervised":
         print("supervised: trains on the TRUE labels: an upper bound, not a result")
         return F.one_hot(labels, candidates.shape[1]).float()
-    if cfg.method == "hard":
-        return F.one_hot(shares.argmax(1), candidates.shape[1]).float()
+    if cfg.method == "hard":  # where labels have equal shares, a random one of them
+        chance = torch.rand(shares.shape, generator=torch.Generator().manual_seed(cfg.seed))
+        return F.one_hot((shares + 1e-6 * chance).argmax(1), candidates.shape[1]).float()
     return shares if cfg.method == "distill" else candidates
 
 def save_model(path, learners, views, class_names, cfg):
     """All that Classifier needs."""
+    nets = [{name: value.cpu() for name, value in own.net.state_dict().items()} for own in learners]
+    shape = [len(class_names), cfg.channels, cfg.image_size, cfg.width, cfg.embedding_dim]
     write_atomically(path, packed(torch.save, dict(
-        networks=[{name: value.cpu() for name, value in own.net.state_dict().items()}
-                  for own in learners], class_names=class_names, mean=views.mean.cpu(),
-        std=views.std.cpu(), shape=[len(class_names), cfg.channels, cfg.image_size, cfg.width,
-                                    cfg.embedding_dim])))  # of CoRegNet
+        networks=nets, class_names=class_names, mean=views.mean.cpu(), std=views.std.cpu(),
+        shape=shape)))
 
-def print_table(cfg, candidates, labels, test_probs, test_labels, records):
-    """From the annotator to the last epoch, as far as labels exist."""
-    table = {}
-    if test_probs is not None and test_labels is not None:
-        single = [accuracy(probs, test_labels) for probs in test_probs]
-        table["zero-shot %, best single template*"] = max(single)
-        table["zero-shot %, mean of templates"] = accuracy(test_probs.float().mean(0), test_labels)
+def report(cfg, class_names, train_part, test_part, candidates, shares, test_probs, records, both):
+    """From the annotator to the last epoch, as far as labels exist, and what changed on the way.
+    The parts: of read_images(). both(images): mean logits [N,K] of the networks."""
+    (images, labels, _, names), (test_images, test_labels, *_) = train_part, test_part
+    table, annotated = {}, test_probs is not None and test_labels is not None
+    if annotated:
+        before = test_probs.float().mean(0)  # [N,K]
+        table["zero-shot %, best single template*"] = max(
+            accuracy(probs, test_labels) for probs in test_probs)
+        table["zero-shot %, mean of templates"] = accuracy(before, test_labels)
     table["candidate sets with the true label* %"] = coverage(candidates, labels)
     table["candidate sets, mean size"] = candidates.float().sum(1).mean().item()
     if cfg.warm_up and cfg.method == "co-reg":
@@ -1376,6 +1329,21 @@ def print_table(cfg, candidates, labels, test_probs, test_labels, records):
     for name, value in table.items():
         if value is not None:
             print(f"{name:40} {value:6.2f}")
+    if annotated:
+        print("test accuracy % per class, mean of templates -> both networks:")
+        scores = before, both(test_images)
+        for k, name in enumerate(class_names):
+            rows = test_labels == k
+            if rows.any():
+                old, new = (accuracy(part[rows], test_labels[rows]) for part in scores)
+                print(f"{name:40.40} {old:6.2f} -> {new:6.2f}")
+    if cfg.annotator != "flip":
+        print("training images whose label changed most confidently, annotator -> both networks:")
+        old, (confidence, new) = shares.argmax(1), both(images).softmax(1).max(1)
+        for row in (confidence * (old != new)).argsort(descending=True)[:10].tolist():
+            if old[row] != new[row]:
+                print(f"{str(names[row]):40} {class_names[old[row]]} -> {class_names[new[row]]} "
+                      f"({confidence[row]:.2f})")
 
 def run(cfg):
     """Data -> annotation -> training -> the files of the run and a table."""
@@ -1384,11 +1352,9 @@ def run(cfg):
     cfg, folder, state = load_checkpoint(cfg) if cfg.resume else (cfg, choose_folder(cfg), None)
     device, templates = pick_device(cfg.device), load_templates(cfg)
     train_set, test_set, class_names = read_dataset(cfg)
-    images, labels, train_set, names = read_images(train_set, cfg, "read train")
-    test_images, test_labels, test_set, _ = read_images(test_set, cfg, "read test")
+    images, labels, train_set, _ = train_part = read_images(train_set, cfg, "read train")
+    test_images, test_labels, test_set, _ = test_part = read_images(test_set, cfg, "read test")
     expect(len(images) > 1, f"--data-dir {cfg.data_dir}", "images", "none that can be read")
-    expect(labels is not None or not cfg.needs_labels, "--annotator flip, --method supervised",
-           "a data set with labels of the training images", "none")
     with lock(folder):
         print(f"{cfg.dataset}: {len(images)} training and {len(test_images)} test images, "
               f"{len(class_names)} classes, on {device}; results go to {folder}")
@@ -1407,14 +1373,8 @@ def run(cfg):
             cfg, on_device(images, device), targets.to(device), (prior / prior.sum()).to(device),
             figures, folder, device, state)
         save_model(folder / "model.pt", learners, views, class_names, cfg)
-    print_table(cfg, candidates, labels, test_probs, test_labels, records)
-    def both(pixels): return sum(predict(own.net, pixels, views).cpu() for own in learners) / 2
-    if test_probs is not None and test_labels is not None:
-        print("test accuracy % per class, mean of templates -> both networks:")
-        print_classes(class_names, test_labels, test_probs.float().mean(0), both(test_images))
-    if cfg.annotator != "flip":
-        print("training images whose label changed most confidently, annotator -> both networks:")
-        print_changes(class_names, names, shares, both(images))
+    def both(some): return sum(predict(own.net, some, views.plain).cpu() for own in learners) / 2
+    report(cfg, class_names, train_part, test_part, candidates, shares, test_probs, records, both)
     print(f"(*: needs labels that training never sees)  The classifier: {folder / 'model.pt'}")
 
 def main(argv=None):

@@ -322,7 +322,7 @@ def test_parse_sets_every_field_by_its_flag(field):
     kinds = {bool: lambda: True, int: lambda: field.default + 1,
              float: lambda: field.default / 2, str: lambda: "x"}
     value = dict(channels=1, ablate="co-pl,gmm").get(field.name)
-    value = value or (field.metadata["choices"] or [kinds[field.type]()])[-1]
+    value = value or (field.metadata["options"].get("choices") or [kinds[field.type]()])[-1]
     argv = [C.flag(field.name)] + [str(value)] * (field.type is not bool)
     cfg = C.parse(["--dataset", "cifar10", *argv])
     assert getattr(cfg, field.name) == value != field.default
@@ -410,7 +410,7 @@ def test_pick_device_prefers_cuda_then_mps(cuda, mps, best, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(torch, "zeros", lambda n, device: SimpleNamespace(
-        device=SimpleNamespace(type=device)))
+        device=SimpleNamespace(type=device), item=int))
     assert (C.pick_device("auto").type, C.pick_device("cpu").type) == (best, "cpu")
 
 def test_choose_folder_counts_up_to_a_free_name():
@@ -1513,14 +1513,14 @@ def step_input(num_x=3, num_u=2, queued=4, side=2):
     queue, n = C.MomentumQueue(7, 5), 2 * (num_x + num_u)
     queue.push(unit_rows(queued, 5), torch.randint(3, (queued,)), torch.arange(queued) % 2 == 0)
     sets = torch.tensor([[1, 1, 0], [0, 1, 1], [0, 0, 1]]).bool()[:num_x]
-    views_x, views_u = ([floats(size, side) for _ in range(4)] for size in (num_x, num_u))
-    return queue, (unit_rows(3, 5), views_x, views_u, sets, torch.rand(num_x),
+    return queue, (unit_rows(3, 5), floats(n, side), floats(n, side), sets, torch.rand(num_x),
                    probabilities(num_x, 3), .8, torch.arange(n).roll(3), .4)
 
 def step_oracle(net, key_net, partner, queue, arguments, cfg):
     """One step, view by view -> terms, prototypes, key encoder, what the queue receives."""
-    prototypes, views_x, views_u, sets, clean_prob, partner_probs, lam, order, weight_u = arguments
-    (x_w1, x_w2, x_s1, x_s2), (u_w1, u_w2, u_s1, u_s2) = views_x, views_u
+    prototypes, weak, strong, sets, clean_prob, partner_probs, lam, order, weight_u = arguments
+    sizes = [len(sets)] * 2 + [len(weak) // 2 - len(sets)] * 2
+    (x_w1, x_w2, u_w1, u_w2), (x_s1, x_s2, u_s1, u_s2) = (v.split(sizes) for v in (weak, strong))
     def p(network, images): return network(images)[0].softmax(1).detach()
     y_x = C.refine_labels((p(net, x_w1) + p(net, x_w2)) / 2, partner_probs, sets, clean_prob, 0.4)
     y_u = C.guess_labels(torch.stack([p(net, u_w1), p(net, u_w2), p(partner, u_w1),
@@ -1609,7 +1609,7 @@ def test_co_training_epoch_representation_starts_after_the_sum_of_both_waits(epo
 def test_predict_matches_the_network_in_eval_mode(monkeypatch):
     monkeypatch.setattr(C, "EVAL_BATCH", 3)
     net, images = Linear(), floats(7)
-    logits = C.predict(net, images, VIEWS)
+    logits = C.predict(net, images, VIEWS.plain)
     assert net.calls == [(3, False, False), (3, False, False), (1, False, False)]
     close(logits, (images + 3).flatten(1) @ net.logits)
 
@@ -1892,7 +1892,7 @@ def test_run_full_disk_keeps_checkpoint(photos, finished, tmp_path, monkeypatch,
 
     def full(path, content):
         count.append(path)
-        if len(count) > 6:  # two labels, config, two at the start, then one an epoch
+        if len(count) > 8:  # two labels, config, two at the start, then two an epoch
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         real(path, content)
     with monkeypatch.context() as patch:
@@ -2068,8 +2068,8 @@ def benchmark(argv=None):
                            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
     def latency(count, *nets):
-        return 1000 * watch.median(lambda: [C.predict(x.net, images[:count], views) for x in nets],
-                                   5)
+        return 1000 * watch.median(lambda: [C.predict(x.net, images[:count], views.plain)
+                                            for x in nets], 5)
 
     def epoch(rows=slice(None)):  # so late that all terms are on
         for _ in C.co_training_epoch(own, partner, [part[rows] for part in split], prototypes,
@@ -2142,7 +2142,7 @@ def benchmark(argv=None):
     def forward_only():
         for batch in floats.split(C.EVAL_BATCH):
             own.net.eval()(batch)
-    evaluation = [(watch.median(lambda: C.predict(own.net, images, views), 1),
+    evaluation = [(watch.median(lambda: C.predict(own.net, images, views.plain), 1),
                    watch.median(forward_only, 1)) for _ in range(args.repeats)]
     evaluate, evaluate_alone = (float(np.median(column)) for column in zip(*evaluation))
     result = {
