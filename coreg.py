@@ -1071,7 +1071,10 @@ def pick_device(name):
     with advice(f"--device: expected auto or one of {have} here, got {name}"):
         probe = torch.zeros(1, device=have[0] if name == "auto" else name)
         probe.item()  # the device "meta" computes nothing
-        return probe.device
+    if probe.is_cuda:
+        torch.backends.cudnn.benchmark = True  # the fastest convolutions for these sizes
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
+    return probe.device
 
 def choose_folder(cfg):
     """The folder of the run, not yet created."""
@@ -1105,7 +1108,7 @@ def load_checkpoint(cfg):
         every = [Path(cfg.output_dir)] if cfg.output_dir else Path("runs").glob(cfg.dataset + "*")
         saved = [folder / "checkpoint.pt" for folder in every if
                  not (folder / "model.pt").exists() and (folder / "checkpoint.pt").exists() and
-                 json.loads((folder / "config.json").read_text())["dataset"] == cfg.dataset]
+                 f'"dataset": "{cfg.dataset}"' in "".join(read_lines(folder / "config.json"))]
         expect(saved, "--resume", f"an unfinished run of {cfg.dataset}, or the folder of one",
                "none; to begin a run, leave it out")
         path = max(saved, key=os.path.getmtime)

@@ -410,7 +410,7 @@ def test_pick_device_prefers_cuda_then_mps(cuda, mps, best, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(torch, "zeros", lambda n, device: SimpleNamespace(
-        device=SimpleNamespace(type=device), item=int))
+        device=SimpleNamespace(type=device), item=int, is_cuda=False))
     assert (C.pick_device("auto").type, C.pick_device("cpu").type) == (best, "cpu")
 
 def test_choose_folder_counts_up_to_a_free_name():
