@@ -109,7 +109,8 @@ class Files:
 
 def find_images(folder):
     kinds = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in kinds)
+    return sorted(path for path in Path(folder).rglob("*")
+                  if path.suffix.lower() in kinds and path.is_file())
 
 def read_lines(path):
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -138,7 +139,7 @@ class Row(NamedTuple):
     read: callable            # read(cfg, "train" or "test") -> pairs (PIL image, label)
     files: str                # what is expected below --data-dir
     class_names: list = None  # as the prompts say them; None: the dataset's own
-    holdout: bool = False     # there is no test part: a seeded fifth is kept for it
+    holdout: bool = False     # a seeded fifth of the training part is the test part
     preset: dict = {}         # fields of Config that differ from their defaults
 
 GREY = dict(channels=1, epochs=100, views="grey")
@@ -243,7 +244,8 @@ def read_images(pairs, cfg, task):
     if isinstance(pairs.dataset, Files):
         names = [str(pairs.dataset.paths[i]) for i in pairs.indices]
         stamps = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in names]
-        path = cache_path(cfg, "images.npy", [shape, stamps, cfg.needs_labels, cfg.classes])
+        path = cache_path(cfg, "images.npy",
+                          [shape, stamps, cfg.needs_labels, pairs.dataset.classes])
     try:
         kept, labels = json.loads(path.with_suffix(".json").read_text())
         array = np.load(path, mmap_mode="c")
@@ -253,7 +255,7 @@ def read_images(pairs, cfg, task):
             path.parent.mkdir(parents=True, exist_ok=True)
             array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
         for images, some, rows in load_batches(pairs, transform, task, cfg.num_workers):
-            array[len(kept):len(kept) + len(rows)] = images
+            array[len(kept):len(kept) + len(rows)] = images if rows else 0
             kept, labels = kept + rows, labels + some
         if path:  # the neighbour comes last: it says that the array is complete
             write_atomically(path.with_suffix(".json"), json.dumps([kept, labels]).encode())
@@ -552,7 +554,7 @@ def cutout(images, low, high):
 def channel_statistics(images):
     """Mean and deviation [1,C,1,1] of each channel of uint8 images [N,C,S,S], scaled to 0..1.
     DIFFERS: measured on the training images, so that any data are normalised; published: typed."""
-    some = images[::max(1, len(images) // 10_000)].float() / 255  # 10,000 images tell enough
+    some = images[::math.ceil(len(images) / 10_000)].float() / 255  # 10,000 images tell enough
     std = some.std((0, 2, 3), keepdim=True).clamp_min(1 / 255)  # safe: a single colour
     return some.mean((0, 2, 3), keepdim=True), std
 
@@ -808,8 +810,8 @@ def prototype_loss(similarity_x, targets_a_x, targets_b_x, similarity_u, targets
 
 # (9) MoCo queue and the noisy supervised contrastive loss ----------------------------------------
 # An anchor (query) is pulled to images of its pseudo-class, if both are clean, and always to its
-# own key (the key encoder's view of the same image). Same class but not surely so: such a pair is
-# neither positive nor negative (paper, section 3.4). Past keys wait in a queue.
+# own key (the key encoder's view of the same image). Same class, but not both clean: such a pair
+# is neither positive nor negative (paper, section 3.4). Past keys wait in a queue.
 
 class MomentumQueue(nn.Module):
     """Ring buffer of the last Q = `size` keys [Q,D] with their classes [Q] and clean flags [Q].
@@ -863,7 +865,8 @@ def co_training_terms(own, partner_net, prototypes, weak, strong, candidates, cl
     """One batch of co-training of network `own` -> ({name: loss term}, new prototypes).
     weak, strong [2B_x+2B_u,C,S,S]: two views of all clean rows, then two of all unlabeled rows (B_u
     may be 0). candidates bool [B_x,K], clean_prob [B_x], partner_probs [B_x,K]. lam, permutation
-    [2B_x+2B_u]: mixup. representation: are sections 8 and 9 on? All in the published order."""
+    [2B_x+2B_u]: mixup. representation: are sections 8 and 9 on? partner_probs come from split_data.
+    Expects own.net, own.key_net in train mode, partner_net in eval; moves own.key_net, own.queue."""
     num_x, num_u = len(candidates), len(weak) // 2 - len(candidates)
     x, u = slice(2 * num_x), slice(2 * num_x, None)  # after mixup too, whatever was mixed in
     with torch.no_grad():  # the own network labels in train mode, as published
@@ -908,9 +911,10 @@ def co_training_terms(own, partner_net, prototypes, weak, strong, candidates, cl
     return terms, prototypes
 
 # (10) Evaluation ---------------------------------------------------------------------------------
-# The prediction is the argmax of the sum of both networks' logits. True labels live here alone, as
-# arguments that training never sees, and are None where there are none. Figures that need labels of
-# training images, or a choice made on test labels, are diagnostics and marked with *.
+# The prediction is the argmax of the sum of both networks' logits. True labels are
+# arguments here, None where there are none; training never sees them (but for `--annotator flip`
+# and `--method supervised`). Figures that need labels of training images, or a choice made on test
+# labels, are diagnostics and marked with *.
 
 EVAL_BATCH = 512
 
@@ -1168,10 +1172,10 @@ def mean_terms(steps, epoch):
 def make_learner(cfg, num_classes, device):
     """A new network with its state, on the device, in the precision and layout fastest there."""
     net = CoRegNet(num_classes, cfg.channels, cfg.image_size, cfg.width, cfg.embedding_dim)
+    units = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 does not tell: then fp32
     fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
-            device.type == "cpu" and any(torch.cpu.get_capabilities().get(unit, False)
-                                         for unit in ("avx512_bf16", "amx_bf16")))
-    net.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and fast)
+            device.type == "cpu" and (units.get("avx512_bf16") or units.get("amx_bf16")))
+    net.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and bool(fast))
     own = Learner(net.to(device, memory_format=torch.channels_last), cfg)
     if cfg.compile:
         own.net.compile(), own.key_net.compile()
@@ -1188,8 +1192,8 @@ def train(cfg, images, candidates, prior, figures, folder, device, state=None):
     prototypes = torch.zeros(candidates.shape[1], cfg.embedding_dim, device=device)
     records, saved, targets = [], None, digest(candidates.cpu().numpy())
     if state:
-        expect(state["targets"] == targets, "--resume", f"images and annotations as {folder} began "
-               "with", "others; bring those back, or start another run")
+        expect(state["targets"] == targets, "--resume", f"the annotations that {folder} began with",
+               "others; bring those back, or start another run")
         for own, its_state in zip(learners, state["learners"]):
             own.restore(its_state)
         prototypes, records = state["prototypes"].to(device), state["records"]
@@ -1264,7 +1268,8 @@ def predict_files(cfg):
     table, read = io.StringIO(newline=""), set()
     out = csv.writer(table, lineterminator="\n")
     out.writerow("path,label,confidence,label_2,confidence_2,label_3,confidence_3".split(","))
-    for images, _, rows in load_batches(Files(paths), classify.prepare, "predict", cfg.num_workers):
+    prepare = partial(to_square, size=classify.shape[2], channels=classify.shape[1])
+    for images, _, rows in load_batches(Files(paths), prepare, "predict", cfg.num_workers):
         for row, probs in zip(rows, classify(images).cpu() if rows else ()):
             best = zip(*probs.topk(min(3, len(probs))))
             pairs = ((classify.class_names[k], f"{share:.4f}") for share, k in best)

@@ -555,6 +555,25 @@ def test_read_images_decodes_once(tree, monkeypatch):
         path.write_bytes(path.read_bytes()[:100])
     assert torch.equal(C.read_images(pairs, cfg, "read")[0], changed[0])
 
+def test_read_images_all_broken(tree, capsys):
+    """Nothing readable in a whole batch, and a link to nowhere: named or left out, no traceback."""
+    for path in C.find_images(tree / "train"):
+        path.write_bytes(b"broken")
+    (tree / "train" / "gone.png").symlink_to(tree / "nowhere.png")
+    cfg = folder_config(tree)
+    images, *_ = C.read_images(C.read_dataset(cfg)[0], cfg, "read")
+    assert len(images) == 0 and "cannot be read" in capsys.readouterr().err
+
+def test_read_images_cache_knows_the_order_of_the_classes(tree):
+    def labels(*more):
+        cfg = folder_config(tree, *more)
+        return C.read_images(C.read_dataset(cfg)[1], cfg, "read")[1].tolist()
+    names = tree / "names.txt"
+    names.write_text("a cat\nb")
+    first = labels("--classes", str(names))
+    names.write_text("b\na cat")
+    assert labels("--classes", str(names)) == [1 - label for label in first]
+
 def test_on_device_leaves_large_images_in_place(monkeypatch):
     images, device = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.device("meta")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 0))
