@@ -142,6 +142,10 @@ class Row(NamedTuple):
     holdout: bool = False     # a seeded fifth of the training part is the test part
     preset: dict = {}         # fields of Config that differ from their defaults
 
+def standard(reader):
+    """A torchvision class with train=True or False -> read(cfg, split)."""
+    return lambda cfg, split: reader(cfg.data_dir, split == "train", download=True)
+
 GREY = dict(channels=1, epochs=100, views="grey")
 DATASETS = {
     "digits": Row(read_digits, "nothing, it comes with scikit-learn", DIGITS, True, dict(
@@ -150,14 +154,11 @@ DATASETS = {
         queue_size=1024, precision="fp32")),  # so small a network is faster without bf16
     "folder": Row(read_folder, "images (JPEG, PNG, WebP, BMP); or train/ and test/<class>/",
                   preset=dict(epochs=100)),
-    "cifar10": Row(lambda cfg, split: tv.CIFAR10(cfg.data_dir, split == "train", download=True),
-                   "cifar-10-batches-py/"),
-    "cifar100": Row(lambda cfg, split: tv.CIFAR100(cfg.data_dir, split == "train", download=True),
-                    "cifar-100-python/", preset=dict(warm_up=100)),
+    "cifar10": Row(standard(tv.CIFAR10), "cifar-10-batches-py/"),
+    "cifar100": Row(standard(tv.CIFAR100), "cifar-100-python/", preset=dict(warm_up=100)),
     "svhn": Row(lambda cfg, split: tv.SVHN(cfg.data_dir, split, download=True), "*_32x32.mat",
                 [f"number {i}" for i in range(10)], preset=dict(views="sign")),
-    "fmnist": Row(lambda cfg, split: tv.FashionMNIST(cfg.data_dir, split == "train", download=True),
-                  "FashionMNIST/raw/", preset=dict(GREY, image_size=28)),
+    "fmnist": Row(standard(tv.FashionMNIST), "FashionMNIST/raw/", preset=dict(GREY, image_size=28)),
     "eurosat": Row(lambda cfg, split: tv.EuroSAT(cfg.data_dir, download=True), "eurosat/2750/",
                    holdout=True, preset=dict(image_size=64, epochs=100)),
     "fer2013": Row(lambda cfg, split: tv.FER2013(cfg.data_dir), "fer2013/fer2013.csv, from "
@@ -258,6 +259,7 @@ def read_images(pairs, cfg, task):
             array[len(kept):len(kept) + len(rows)] = images if rows else 0
             kept, labels = kept + rows, labels + some
         if path:  # the neighbour comes last: it says that the array is complete
+            array.flush()
             write_atomically(path.with_suffix(".json"), json.dumps([kept, labels]).encode())
     report_broken(names, set(kept))
     labels = None if -1 in labels or not kept else torch.tensor(labels)
@@ -866,7 +868,7 @@ def co_training_terms(own, partner_net, prototypes, weak, strong, candidates, cl
     weak, strong [2B_x+2B_u,C,S,S]: two views of all clean rows, then two of all unlabeled rows (B_u
     may be 0). candidates bool [B_x,K], clean_prob [B_x], partner_probs [B_x,K]. lam, permutation
     [2B_x+2B_u]: mixup. representation: are sections 8 and 9 on? partner_probs come from split_data.
-    Expects own.net, own.key_net in train mode, partner_net in eval; moves own.key_net, own.queue."""
+    Expects own.net, own.key_net in train mode, partner_net in eval; moves own.key_net and queue."""
     num_x, num_u = len(candidates), len(weak) // 2 - len(candidates)
     x, u = slice(2 * num_x), slice(2 * num_x, None)  # after mixup too, whatever was mixed in
     with torch.no_grad():  # the own network labels in train mode, as published
