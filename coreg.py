@@ -79,12 +79,12 @@ class Config:  # all settings; CoregError names the flag of a bad one
     lambda_u: float = 1.0            # weight of the squared error on unlabeled images
     proto_weight: float = 0.1        # weight of prototype alignment
     contrastive_weight: float = 0.1  # weight of the contrastive loss
-    momentum: float = 0.999          # m of prototypes and key encoders
+    momentum: float = 0.999          # m of prototypes and key encoders, under 1
     queue_size: int = 8192           # keys Q in each queue; fewer than images
     ablate: str = ""                 # a part to leave out: see CHOICES
     seed: int = 0                    # of networks, order, views and synthetic sets
     device: str = "auto"             # auto, cpu, cuda, cuda:N or mps
-    precision: str = "auto"          # fp32, bf16; auto: bf16 where the device is fast at it
+    precision: str = "auto"          # fp32, bf16; auto: bf16 on CUDA and AVX512-BF16
     output_dir: str = ""             # the run's folder; else runs/<dataset>-seed<seed>-<time>
     resume: str = ""                 # folder of a run to go on with; its settings hold
     def __post_init__(self):
@@ -200,12 +200,12 @@ def read_dataset(cfg):  # -> (training pairs, test pairs, class names)
     spec = DATASETS[cfg.dataset]
     with hint(f"--data-dir {cfg.data_dir}: expected {cfg.dataset} there, or a download"):
         train, test = spec.read(cfg)
-        expect(len(train) > 1, "train/", "two images or more", len(train))
     rows = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
     if test is None:  # held out alike for every --seed
         count = round(0.8 * len(train))  # published code, for EuroSAT and FER2013
         test, rows = Subset(train, sorted(rows[count:])), rows[:count]
     rows = sorted(rows[:cfg.num_samples or None])
+    expect(len(rows) > 1, f"--data-dir {cfg.data_dir}", "two or more images", len(rows))
     return Subset(train, rows), test, spec.class_names or train.classes
 
 def to_pixels(image, cfg):  # PIL image -> uint8 [C,S,S]: a photo's centre, else squeezed
@@ -247,7 +247,7 @@ def candidate_sets(probs, mode="multi_prompt", top_k=5, ratio=0.5):
     return sets | ~sets.any(1, keepdim=True)
 
 def flip_candidates(labels, num_classes, partial_rate, noise_rate, generator=None):
-    """True labels int [N] -> synthetic S bool [N,K] (the paper's Table 3): each wrong label
+    """True labels int [N], CPU -> synthetic S bool [N,K] (the paper's Table 3): a wrong label
     joins with chance partial_rate; then, with noise_rate, one from outside replaces it."""
     size, true = (len(labels), num_classes), F.one_hot(labels, num_classes).bool()  # [N,K]
     sets = true | (torch.rand(size, generator=generator) < partial_rate)
@@ -275,14 +275,14 @@ def load_clip(name, weights, device):  # -> (model, preprocessing of PIL images,
         return model.eval(), preprocess, open_clip.get_tokenizer(name)
 
 @torch.inference_mode()
-def annotate(model, tokenizer, batches, class_names, templates, device):  # -> P, float16
-    texts, probs = [], []
+def annotate(model, tokenizer, batches, class_names, templates, device):  # -> P [T,N,K]
+    text_features, probs = [], []
     for template in templates:
         tokens = tokenizer([template.replace("{}", name) for name in class_names])
-        texts.append(model.encode_text(tokens.to(device), normalize=True))  # [K,D]
+        text_features.append(model.encode_text(tokens.to(device), normalize=True))  # [K,D]
     for images, _ in batches:
         features = model.encode_image(images.to(device), normalize=True)  # [B,D]
-        logits = model.logit_scale.exp() * features @ torch.stack(texts).mT  # [T,B,K]
+        logits = model.logit_scale.exp() * features @ torch.stack(text_features).mT  # [T,B,K]
         probs.append(logits.float().softmax(2).half().cpu())
     return torch.cat(probs, 1)
 
@@ -347,7 +347,7 @@ def random_operation(images):
     choice, changed = torch.randint(len(OPERATIONS), (len(images),)), images.clone()
     for number, operation in enumerate(OPERATIONS):
         rows = (choice == number).nonzero()[:, 0].to(images.device)
-        if len(rows) > 0: changed[rows] = operation(images[rows])
+        if len(rows): changed[rows] = operation(images[rows])
     return changed.clamp(0, 1)
 
 def crop_and_flip(images, flip):
@@ -367,8 +367,8 @@ def cutout(images, smallest, largest, fill):
     half, pixels = torch.empty(count, 1).uniform_(smallest, largest) / 2, torch.arange(side)
     in_rows = (pixels + 0.5 - side * torch.rand(count, 1)).abs() < side * half  # [B,S]
     in_columns = (pixels + 0.5 - side * torch.rand(count, 1)).abs() < side * half  # [B,S]
-    square = in_rows[:, :, None] & in_columns[:, None, :]  # [B,S,S]
-    return images.masked_fill(square[:, None].to(images.device), fill)
+    inside = in_rows[:, :, None] & in_columns[:, None, :]  # [B,S,S]
+    return images.masked_fill(inside[:, None].to(images.device), fill)
 
 class Views:
     """uint8 batches [B,C,S,S] -> normalised float views. DIFFERS: by mean and deviation of the
@@ -377,7 +377,7 @@ class Views:
         self.flip, self.operations, self.square = flip, operations, square
         sample = images[::1 + len(images) // 10_000] / 255  # 10,000 images tell enough
         self.mean = sample.mean((0, 2, 3), keepdim=True)  # [1,C,1,1]
-        self.deviation = sample.std((0, 2, 3), keepdim=True).clamp_min(1 / 255)  # one colour
+        self.deviation = sample.std((0, 2, 3), keepdim=True).clamp_min(1 / 255)  # never 0
     def plain(self, images): return (images / 255 - self.mean) / self.deviation
     def weak(self, images):
         return (crop_and_flip(images / 255, self.flip) - self.mean) / self.deviation
@@ -414,7 +414,7 @@ class CoRegNet(nn.Module):
             layers += [PreActBlock(dim, channels, stride), PreActBlock(channels, channels, 1)]
             dim = channels
         self.encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.fc, self.bf16 = nn.Linear(dim, num_classes), False  # bf16: inside alone
+        self.fc, self.bf16 = nn.Linear(dim, num_classes), False  # bf16: compute in it
         mlp = nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, embedding_dim)
         self.head = nn.Sequential(*mlp)
     def forward(self, images):
@@ -428,10 +428,10 @@ class Learner:  # one of the two networks, with all the state that belongs to it
     def __init__(self, num_classes, cfg, device, bf16):
         channels = DATASETS[cfg.dataset].channels
         net = CoRegNet(num_classes, channels, cfg.image_size, cfg.width, EMBEDDING_DIM)
-        self.net = net.to(device, memory_format=torch.channels_last)
-        self.net.bf16, self.key_net = bf16, copy.deepcopy(net)
+        self.net, net.bf16 = net.to(device, memory_format=torch.channels_last), bf16
+        self.key_net = copy.deepcopy(net)  # after bf16, so that it has it, too
         self.queue = MomentumQueue(cfg.queue_size, EMBEDDING_DIM).to(device)
-        self.losses = []  # of the last splits, [N] each: input of the mixture model
+        self.losses, self.split = [], None  # [N] of the last 5 epochs; what split_data gave
         self.optimizer = torch.optim.SGD(net.parameters(), cfg.lr, MOMENTUM, 0, WEIGHT_DECAY)
     def step(self, terms):  # one optimizer step on the sum of {name: scalar}
         self.optimizer.zero_grad()
@@ -443,7 +443,7 @@ class Learner:  # one of the two networks, with all the state that belongs to it
 # "Supervised Training": each network by itself learns, on strong views, that its candidate set
 # as a whole should have probability 1; negative entropy keeps it from learning wrong sets.
 def partial_cross_entropy(logits, candidates):
-    """Eq. 1: mean of -log(sum_{k in S_i} p_ik + 1e-5) over rows with |S_i| < K, 0 without one
+    """Eq. 1: mean of -log(sum_{k in S_i} p_ik + 1e-5) over rows with |S_i| < K, 0 if none
     (published code). logits [B,K] get the gradient; candidates S bool [B,K] -> scalar."""
     loss = -torch.log((logits.softmax(1) * candidates).sum(1) + 1e-5)  # [B]
     partial_rows = ~candidates.all(1)  # [B]
@@ -452,11 +452,11 @@ def negative_entropy(logits):
     """Eq. 2: mean_i sum_k p_ik log p_ik, at most 0. logits [B,K], with gradient -> scalar."""
     log_probs = logits.log_softmax(1)  # finite where p underflows
     return (log_probs.exp() * log_probs).sum(1).mean()
-def random_batches(rows, batch_size):  # indices [n]; none of one row, as BatchNorm needs two
+def random_batches(rows, batch_size):  # [n] -> shuffled parts, none of 1 row (BatchNorm)
     order = torch.randperm(len(rows)).to(rows.device)
     return [batch for batch in rows[order].split(batch_size) if len(batch) != 1]
 
-def mean_terms(steps, epoch):  # [{name: scalar}] -> {name: finite mean}; the epoch's one wait
+def mean_terms(steps, epoch):  # [{name: scalar}] -> {name: finite mean}
     means = {}
     for name in steps[0]:
         means[name] = sum(terms[name] for terms in steps).item() / len(steps)
@@ -482,16 +482,16 @@ def warm_up_epoch(own, images, candidates, views, cfg, epoch):
 MIXTURE = dict(n_components=2, max_iter=10, tol=1e-2, reg_covar=5e-4)
 HISTORY_EPOCHS, CLEAN_THRESHOLD, MAX_LOSS = 5, 0.5, 88.0  # 88: -log of the smallest float32
 def align_distribution(probs, mean_probs, prior):
-    """normalise(p prior / mean_probs) pulls predictions to the prior: [B,K], [K], [K]."""
+    """p [B,K], their mean over images [K], prior [K] -> [B,K]: normalise(p prior / mean)."""
     aligned = probs * prior / mean_probs.clamp_min(1e-8)  # 1e-8: a class never predicted
     return aligned / aligned.sum(1, keepdim=True)
 def max_candidate_loss(probs, candidates):
-    """Eq. 4: l_i = -log max_{k in S_i} p_ik, at most MAX_LOSS. p, S [B,K] -> [B]."""
+    """Eq. 4: l_i = -log max_{k in S_i} p_ik, at most MAX_LOSS. p, S bool: [B,K] -> l [B]."""
     return -(probs * candidates).amax(1).log().clamp_min(-MAX_LOSS)
 
 def clean_probability(loss_history, window=HISTORY_EPOCHS, seed=0):
     """Raw losses l [E,N], newest last -> w [N], the posterior of the component of lower mean:
-    each epoch is scaled to 0..1, the last `window` averaged. Zeros where no mixture fits."""
+    each epoch is scaled to 0..1, the last `window` averaged. Zeros if all losses are equal."""
     losses = loss_history[-window:].float().clamp_max(MAX_LOSS)
     low, high = losses.amin(1, keepdim=True), losses.amax(1, keepdim=True)  # [E,1]
     mean = ((losses - low) / (high - low).clamp_min(1e-12)).mean(0)  # [N]; 1e-12: constant
@@ -505,8 +505,8 @@ def clean_probability(loss_history, window=HISTORY_EPOCHS, seed=0):
 
 @torch.no_grad()
 def split_data(own, images, views, candidates, cfg):
-    """Weak views -> (aligned probs [N,K], w [N]). DIFFERS: aligned with the mean of this pass;
-    published: an older table. If too few are clean, the tenth of lowest loss is (no crash)."""
+    """Weak views -> (aligned probs [N,K], w [N]); appends to own.losses. DIFFERS: aligned with
+    this pass's mean, not an older table; too few clean: the tenth of lowest loss."""
     probs = predict(own.net, images, views.weak).softmax(1)  # [N,K]
     uniform = torch.full_like(probs[0], 1 / probs.shape[1])  # the prior, [K]
     probs = align_distribution(probs, probs.mean(0), uniform)
@@ -531,7 +531,7 @@ def sharpen(probs, temperature):
 
 def refine_labels(own_probs, partner_probs, candidates, clean_prob, temperature):
     """Targets of clean samples: r = partner_probs restricted to S bool (Eq. 5), then
-    sharpen(w r + (1-w) o) (Eq. 6, 7). own_probs o: mean over weak views. [B,K], but w [B]."""
+    sharpen(w r + (1-w) o) (Eq. 6, 7). own_probs o: mean of weak views. w = clean_prob [B]."""
     inside = partner_probs.clamp_min(1e-12) * candidates  # 1e-12: where all underflow
     r, w = inside / inside.sum(1, keepdim=True), clean_prob[:, None]
     return sharpen(w * r + (1 - w) * own_probs, temperature)
@@ -551,8 +551,8 @@ def squared_error(probs, targets):
     return ((probs - targets) ** 2).sum() / max(1, probs.numel())
 
 def self_training_loss(logits_x, targets_x, logits_u, targets_u, weight_u):
-    """Eq. 8: cross-entropy of clean rows + weight_u * squared error of unlabeled rows, all
-    [B,K] -> scalar; the logits get the gradient."""
+    """Eq. 8: cross-entropy of clean x + weight_u * squared error of unlabeled u (B may be 0).
+    Logits (with gradient), targets (rows of sum 1): [B,K] -> scalar."""
     loss_u = squared_error(logits_u.softmax(1), targets_u)
     return F.cross_entropy(logits_x, targets_x) + weight_u * loss_u
 
@@ -561,8 +561,8 @@ def self_training_loss(logits_x, targets_x, logits_u, targets_u, weight_u):
 # softmax of z . o / tau is a second classifier, pulled to the same targets. Both nets share o.
 PROTO_TEMPERATURE = 0.3  # tau, published code
 def update_prototypes(prototypes, embeddings, classes, momentum):
-    """Eq. 10: o_k [K,D] <- m o_k + (1-m) z [B,D], sample by sample, then rows of norm 1, or
-    m^n o_k + (1-m) sum_j m^(how many of the n samples of class k follow j) z_j."""
+    """Eq. 10: for each z of class k in turn o_k <- m o_k + (1-m) z; at once for all n of them
+    m^n o_k + (1-m) sum_j m^(n-j) z_j. o [K,D], z [B,D], classes [B] -> new o, of norm 1."""
     hits = F.one_hot(classes, len(prototypes)).to(embeddings.dtype)  # [B,K]
     following = hits.sum(0) - hits.cumsum(0)  # [B,K]
     weights = (1 - momentum) * momentum ** following * hits  # [B,K]
@@ -571,7 +571,7 @@ def update_prototypes(prototypes, embeddings, classes, momentum):
 
 def prototype_loss(similarity_x, targets_a_x, targets_b_x, similarity_u, targets_a_u,
                    targets_b_u, lam, temperature, weight_u=1.0):
-    """Eq. 9 of images that mixup joined, with targets a and b; q = softmax(similarity / tau):
+    """Eq. 9 of mixed images, targets a (own) and b (mixed in); q = softmax(similarity / tau):
     lam KL(a || q) + (1-lam) KL(b || q) on clean rows, + weight_u times the like of squared
     errors on unlabeled rows. All [B,K] -> scalar; similarity z . o gets the gradient."""
     log_q = (similarity_x / temperature).log_softmax(1)
@@ -648,7 +648,7 @@ def co_training_step(own, partner_net, prototypes, weak, strong, candidates, cle
     with torch.no_grad():
         # Labels of unlabeled samples: both networks on both weak views.
         targets_u = partner_probs[:0]
-        if len(u_w1) > 0:
+        if len(u_w1):
             probs_u = [net(view)[0].softmax(1) for net in (own.net, partner_net)
                        for view in (u_w1, u_w2)]
             targets_u = guess_labels(torch.stack(probs_u), cfg.temperature)  # [B_u,K]
@@ -678,13 +678,13 @@ def co_training_step(own, partner_net, prototypes, weak, strong, candidates, cle
         similarity, mixed_in = embeddings @ prototypes.T, targets[permutation]
         terms["prototype"] = cfg.proto_weight * prototype_loss(
             similarity[:n], targets[:n], mixed_in[:n], similarity[n:], targets[n:],
-            mixed_in[n:], lam, PROTO_TEMPERATURE, cfg.lambda_u)
+            mixed_in[n:], lam, PROTO_TEMPERATURE, cfg.lambda_u)  # no ramp, unlike Eq. 8
 
     # Contrast: queries from the first strong view, keys from the second, not mixed.
     _, queries = own.net(torch.cat([x_s1, u_s1]))
     with torch.no_grad():  # theta_key <- m theta_key + (1-m) theta
-        for key, query in zip(own.key_net.parameters(), own.net.parameters()):
-            key.mul_(cfg.momentum).add_(query, alpha=1 - cfg.momentum)
+        for theta_key, theta in zip(own.key_net.parameters(), own.net.parameters()):
+            theta_key.mul_(cfg.momentum).add_(theta, alpha=1 - cfg.momentum)
         _, keys = own.key_net(torch.cat([x_s2, u_s2]))
     classes = torch.cat([targets_x, targets_u]).argmax(1)
     clean = torch.arange(len(classes), device=classes.device) < len(x_s1)
@@ -700,17 +700,17 @@ def co_training_step(own, partner_net, prototypes, weak, strong, candidates, cle
 
 def co_train_epoch(own, partner, split, prototypes, images, candidates, views, cfg, epoch):
     """A pass over the partner's clean samples -> mean of each loss term, number of samples."""
-    # The key encoder begins as a copy (published code; DIFFERS: of BatchNorm's buffers, too).
+    # Every epoch the key encoder begins as a copy (DIFFERS: of BatchNorm's buffers, too).
     own.key_net.load_state_dict(own.net.state_dict())
-    partner.net.eval(), own.net.train(), own.key_net.train()
+    partner.net.eval(), own.net.train(), own.key_net.train()  # own last: they may be one
     probs, clean_prob = split
     clean = clean_prob > CLEAN_THRESHOLD
     rows_x, rows_u = clean.nonzero()[:, 0], (~clean).nonzero()[:, 0]
     if cfg.ablate == "unlabeled" or len(rows_u) == 1: rows_u = rows_u[:0]  # BatchNorm: not 1
-    represent = epoch > cfg.warm_up + cfg.start_contrastive  # ">": published code
+    representation = epoch > cfg.warm_up + cfg.start_contrastive  # ">": published code
     batches_x, batches_u, steps = random_batches(rows_x, cfg.batch_size), [], []
     for step, batch_x in enumerate(tqdm(batches_x, "co-train", disable=None, leave=False)):
-        # Unlabeled samples: the next batch; they begin again when they are used up.
+        # Unlabeled samples: another batch, or none; used up, they begin again.
         if not batches_u: batches_u = random_batches(rows_u, cfg.batch_size)
         batch_u = batches_u.pop()
 
@@ -727,7 +727,8 @@ def co_train_epoch(own, partner, split, prototypes, images, candidates, views, c
         weight_u = cfg.lambda_u * ramp_up(epoch + step / len(batches_x), cfg.warm_up)
         terms, new_prototypes = co_training_step(
             own, partner.net, prototypes, weak, strong, candidates[batch_x],
-            clean_prob[batch_x], probs[batch_x], lam, permutation, weight_u, represent, cfg)
+            clean_prob[batch_x], probs[batch_x], lam, permutation, weight_u,
+            representation, cfg)
         prototypes.copy_(new_prototypes)
         steps.append(own.step(terms))
     return {"clean": len(rows_x), **mean_terms(steps, epoch)}
@@ -736,11 +737,11 @@ def cosine_lr(epoch, lr, period):  # from lr to lr/1000 at `period` (published c
     return lr / 1000 + (lr - lr / 1000) * (1 + math.cos(math.pi * min(epoch / period, 1))) / 2
 
 TERMS = ["set", "entropy", "self", "prototype", "contrastive"]
-def train(state, images, candidates, test_images, test_labels, cfg, save):  # epochs left
+def train(state, images, candidates, test_images, test_labels, cfg, save):  # what is left
     net_1, net_2, views = state.net_1, state.net_2, state.views
     partner_1, partner_2 = (net_1, net_2) if cfg.ablate == "co-pl" else (net_2, net_1)
     data = state.prototypes, images, candidates, views, cfg
-    print("epoch     phase       lr     loss  clean  (net 1,  net 2,  both: % right)  seconds")
+    print("epoch     phase       lr     loss  clean  seconds  (test %: net 1, net 2, both)")
     for epoch in range(len(state.records), cfg.epochs):
         start, lr = time.time(), cosine_lr(epoch, cfg.lr, cfg.lr_period or cfg.epochs)
         net_1.optimizer.param_groups[0]["lr"] = net_2.optimizer.param_groups[0]["lr"] = lr
@@ -766,10 +767,9 @@ def train(state, images, candidates, test_images, test_labels, cfg, save):  # ep
         record["seconds"] = round(time.time() - start, 2)
         state.records.append(record)
         save()
-        right = [f"{record[name]:7.1f}" for name in record if name.startswith("test_acc")]
+        right = [f"{record[name]:6.1f}" for name in record if name.startswith("test_acc")]
         print(f"{epoch + 1:5} {phase:>9} {lr:8.5f} {record['loss']:8.4f} "
-              f"{record['clean']:6.0f}",
-              *right, f"{record['seconds']:8.1f}", flush=True)
+              f"{record['clean']:6.0f} {record['seconds']:8.1f}", *right, flush=True)
 
 # (12) The run: files, command line -----------------------------------------------------------
 # A run's folder: config.json, metrics.jsonl (a record an epoch), checkpoint.pt (all state).
@@ -780,8 +780,8 @@ def pick_device(cfg):  # -> (torch.device, do the networks compute in bfloat16?)
         torch.zeros(1, device=name).item()
     torch.backends.cudnn.benchmark = True  # the fastest convolutions for these sizes
     torch.backends.cudnn.allow_tf32 = cfg.precision != "fp32"
-    fast = "cuda" in name or torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return torch.device(name), cfg.precision == "bf16" or (cfg.precision == "auto" and fast)
+    fast = "cuda" in name or getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
+    return torch.device(name), {"bf16": True, "fp32": False, "auto": bool(fast)}[cfg.precision]
 
 def parse(argv=None):  # command line -> Config; the rest: DATASETS, or the run to resume
     def fail(message): raise CoregError(f"{message}; see python coreg.py --help")
@@ -793,26 +793,26 @@ def parse(argv=None):  # command line -> Config; the rest: DATASETS, or the run 
     given = vars(parser.parse_args(argv))
     if "resume" in given:
         with hint(f"--resume {given['resume']}: expected a run's folder, with config.json"):
-            settings = json.loads(Path(given["resume"], "config.json").read_text())
+            base = vars(Config(**json.loads(Path(given["resume"], "config.json").read_text())))
     else:
         dataset = given.setdefault("dataset", "digits")
-        settings = DATASETS.get(dataset, DATASETS["cifar10"]).preset
-    return Config(**{**settings, **given})
+        base = DATASETS.get(dataset, DATASETS["cifar10"]).preset
+    return Config(**{**base, **given})
 
 def label_sets(cfg, pairs, images, labels, class_names, device):  # -> S bool [N,K]
     if cfg.annotator == "flip":
         expect(labels is not None, "--annotator flip", "labels of the training images", "none")
         sets = flip_candidates(labels, len(class_names), cfg.partial_rate, cfg.noise_rate,
                                torch.Generator().manual_seed(cfg.seed))
-        probs = sets[None].float()
     else:
         if cfg.annotations: probs = read_probs(cfg.annotations, len(images), len(class_names))
         else: probs = annotate_cached(cfg, pairs, images, class_names, device)
         sets = candidate_sets(probs, cfg.candidates)
+        if labels is not None:
+            right = accuracy(probs.mean(0, dtype=torch.float32), labels)
+            print(f"the annotator's mean over templates is right in {right:.2f} %*")
     print(f"candidate sets: {sets.float().sum(1).mean():.2f} labels on average")
-    if labels is not None:
-        print(f"  {100 - coverage(sets, labels):.2f} % lack the true label*; the mean of the "
-              f"templates is right in {accuracy(probs.float().mean(0), labels):.2f} %*")
+    if labels is not None: print(f"without the truth*: {100 - coverage(sets, labels):.2f} %")
     return sets
 
 def run(cfg):  # data -> annotation -> training -> the files of the run
@@ -858,7 +858,7 @@ def main(argv=None):  # -> exit code: 0, 2 (what the user can mend), 130
         run(parse(argv))
         return 0
     except KeyboardInterrupt:
-        message, code = "interrupted; --resume goes on after the last whole epoch", 130
+        message, code = "interrupted; a run that had begun goes on with --resume", 130
     except (CoregError, OSError) as error:  # OSError: a full disk, a folder that is read-only
         message, code = str(error), 2
     print("coreg.py:", " ".join(message.split()), file=sys.stderr)
@@ -903,10 +903,10 @@ def load_tiny_clip(device):  # pre-trained now -> (model, preprocessing, tokeniz
     for _ in range(TINY_STEPS):
         batch = torch.randint(TINY_DRAWINGS, (TINY_BATCH,))
         captions = 10 * truths[batch].multinomial(1)[:, 0] + digits[batch]  # [B], true ones
-        images = model.encode_image(drawings[batch], normalize=True)  # [B,D]
-        texts = model.encode_text(tokens, normalize=True)[captions]  # [B,D]
-        logits, pairs = model.logit_scale.exp() * images @ texts.T, torch.arange(TINY_BATCH)
-        loss = F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)
+        v = model.encode_image(drawings[batch], normalize=True)  # [B,D]
+        u = model.encode_text(tokens, normalize=True)[captions]  # [B,D]
+        logits, answers = model.logit_scale.exp() * v @ u.T, torch.arange(TINY_BATCH)
+        loss = F.cross_entropy(logits, answers) + F.cross_entropy(logits.T, answers)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
