@@ -219,7 +219,7 @@ def load(pairs, transform, batch_size=256):  # batches of transformed images, la
             images, labels = zip(*pool.map(pairs.__getitem__, rows.tolist()))
             yield torch.stack([*pool.map(transform, images)]), torch.tensor(labels)
 def read_images(pairs, cfg):  # pairs -> (uint8 [N,C,S,S], labels int [N] or None: unknown)
-    if len(pairs) == 0: return None, None
+    if not len(pairs): return None, None
     images, labels = zip(*load(pairs, lambda image: to_pixels(image, cfg)))
     images, labels = torch.cat(images), torch.cat(labels)
     return images, None if labels.min() < 0 else labels
@@ -421,7 +421,7 @@ class CoRegNet(nn.Module):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             features = self.encoder(images)  # [B,dim]
             logits, embeddings = self.fc(features), self.head(features)
-        return logits.float(), F.normalize(embeddings.float(), dim=1)
+        return logits.float(), F.normalize(embeddings.float())
 
 EMBEDDING_DIM, MOMENTUM, WEIGHT_DECAY = 128, 0.9, 5e-4  # published code, for SGD
 class Learner:  # one of the two networks, with all the state that belongs to it
@@ -431,7 +431,8 @@ class Learner:  # one of the two networks, with all the state that belongs to it
         self.net, net.bf16 = net.to(device, memory_format=torch.channels_last), bf16
         self.key_net = copy.deepcopy(net)  # after bf16, so that it has it, too
         self.queue = MomentumQueue(cfg.queue_size, EMBEDDING_DIM).to(device)
-        self.losses, self.split = [], None  # [N] of the last 5 epochs; what split_data gave
+        self.losses = []  # of the last epochs, [N] each: input of the mixture model
+        self.split = None  # what split_data gave
         self.optimizer = torch.optim.SGD(net.parameters(), cfg.lr, MOMENTUM, 0, WEIGHT_DECAY)
     def step(self, terms):  # one optimizer step on the sum of {name: scalar}
         self.optimizer.zero_grad()
@@ -508,8 +509,7 @@ def split_data(own, images, views, candidates, cfg):
     """Weak views -> (aligned probs [N,K], w [N]); appends to own.losses. DIFFERS: aligned with
     this pass's mean, not an older table; too few clean: the tenth of lowest loss."""
     probs = predict(own.net, images, views.weak).softmax(1)  # [N,K]
-    uniform = torch.full_like(probs[0], 1 / probs.shape[1])  # the prior, [K]
-    probs = align_distribution(probs, probs.mean(0), uniform)
+    probs = align_distribution(probs, probs.mean(0), 1 / probs.shape[1])  # uniform prior
     losses = max_candidate_loss(probs, candidates)  # [N]
     own.losses = [*own.losses, losses][-HISTORY_EPOCHS:]
     clean_prob = clean_probability(torch.stack(own.losses))
@@ -567,7 +567,7 @@ def update_prototypes(prototypes, embeddings, classes, momentum):
     following = hits.sum(0) - hits.cumsum(0)  # [B,K]
     weights = (1 - momentum) * momentum ** following * hits  # [B,K]
     kept = momentum ** hits.sum(0)[:, None] * prototypes  # [K,D]
-    return F.normalize(kept + weights.T @ embeddings, dim=1)
+    return F.normalize(kept + weights.T @ embeddings)
 
 def prototype_loss(similarity_x, targets_a_x, targets_b_x, similarity_u, targets_a_u,
                    targets_b_u, lam, temperature, weight_u=1.0):
@@ -649,9 +649,9 @@ def co_training_step(own, partner_net, prototypes, weak, strong, candidates, cle
         # Labels of unlabeled samples: both networks on both weak views.
         targets_u = partner_probs[:0]
         if len(u_w1):
-            probs_u = [net(view)[0].softmax(1) for net in (own.net, partner_net)
-                       for view in (u_w1, u_w2)]
-            targets_u = guess_labels(torch.stack(probs_u), cfg.temperature)  # [B_u,K]
+            logits_u = [own.net(u_w1)[0], own.net(u_w2)[0],
+                        *partner_net(torch.cat([u_w1, u_w2]))[0].chunk(2)]  # eval mode
+            targets_u = guess_labels(torch.stack(logits_u).softmax(2), cfg.temperature)
 
         # Labels of clean samples: the partner within the set, joined with the own network.
         logits_w1, embeddings_x = own.net(x_w1)

@@ -564,6 +564,9 @@ def test_main_refuses_bad_templates_in_one_line(content, photos, capsys):
     Path("t.txt").write_bytes(content)
     assert "--templates t.txt" in refused(capsys, words(photos, "run", "--templates", "t.txt"))
 
+@pytest.mark.parametrize("probs", [np.ones((2, 3, 2)), np.full((1, 4, 3), 2.), [[["a"] * 3] * 4]])
+def test_read_probs_refuses_a_wrong_shape_or_value(probs):
+    np.savez("p.npz", probs=probs), pytest.raises(C.CoregError, C.read_probs, "p.npz", 4, 3)
 def cache(root):
     return sorted(path for path in (Path(root) / "annotations").rglob("*") if path.is_file())
 def test_annotation_cache_saves_the_second_annotation(clip):
@@ -1107,7 +1110,7 @@ def test_co_training_step_matches_loop_oracle(num_u, queued, ablate, representat
     assert [(len(given), *mode) for given, *mode in own.net.calls[len(order):]] == [
         (2 * n, True, True), (n, True, True)][:1 + representation]
     for network, calls in ((own.key_net, [(n, True, False)] * representation),
-                           (partner, [(num_u, False, False)] * (2 if num_u else 0))):
+                           (partner, [(2 * num_u, False, False)] * bool(num_u))):  # both at once
         assert [(len(given), *mode) for given, *mode in network.calls] == calls
     assert terms.keys() == expected.keys()
     for name in terms:  # equal gradients: none flows through a target, a prototype or a key
@@ -1314,10 +1317,10 @@ def test_main_names_epoch_and_term_of_a_loss_that_is_not_finite(photos, capsys):
 @pytest.mark.parametrize("argv, text", [
     ("--epochs -3", "--epochs"), ("--epochs ten", "--epochs"), ("--lr nan", "--lr"),
     ("--batch-size 0", "--batch-size"), ("--warm-up 50 --epochs 10", "--warm-up"),
+    ("--annotations nowhere.npz", "nowhere.npz"), ("--num-samples 1", "two or more images"),
     ("--epoch 3", "--epoch 3"), ("--dataset cifra10", "cifra10"), ("--ablate mixin", "--ablate"),
     ("--dataset folder --data-dir no/where", "no/where"), ("--resume nowhere", "nowhere"),
-    ("--device cuda:9", "--device cuda:9"),
-    ("--device tpu", "--device tpu"), ("--output-dir old", "--output-dir"), ("stray", "stray")])
+    ("--device cuda:9", "cuda:9"), ("--device tpu", "tpu"), ("--output-dir old", "--output-dir")])
 def test_main_refuses_bad_input_in_one_line(argv, text, capsys):
     write(Path("old/config.json"), "{}")
     assert text in refused(capsys, argv.split())
@@ -1410,6 +1413,7 @@ def benchmark(argv=None):
         parser.add_argument(name, help=text)
     args, rest = parser.parse_known_args(argv)
     rest += [] if "--dataset" in rest else ["--dataset", "cifar10", "--batch-size", "128"]
+    rest += ["--lr", "1e-9"]  # the bare calls minimise a mean that has no minimum
     cfg, n, k, calls = C.parse(rest), args.images, 10, []
     device, bf16 = C.pick_device(cfg)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
