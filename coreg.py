@@ -818,8 +818,8 @@ def label_sets(cfg, pairs, images, labels, class_names, device):  # -> S bool [N
 def run(cfg):  # data -> annotation -> training -> the files of the run
     name = time.strftime(f"runs/{cfg.dataset}-seed{cfg.seed}-%Y%m%d-%H%M%S")
     folder, (device, bf16) = Path(cfg.resume or cfg.output_dir or name), pick_device(cfg)
-    fresh = cfg.resume or not (folder / "config.json").exists()
-    expect(fresh, "--output-dir", "a folder without a run", f"{folder}; or --resume it")
+    usable = cfg.resume or not (folder / "config.json").exists()
+    expect(usable, "--output-dir", "a folder without a run", f"{folder}; or --resume it")
     pairs, test_pairs, class_names = read_dataset(cfg)
     images, labels = read_images(pairs, cfg)
     test_images, test_labels = read_images(test_pairs, cfg)
