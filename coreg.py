@@ -38,7 +38,6 @@ from tqdm import tqdm
 # entry of config.json. The defaults are the paper's CIFAR-10; others: DATASETS.
 class CoregError(Exception):
     """Something that the user can mend: main() prints it as one line and returns 2."""
-
 def expect(condition, name, expected, got):
     if not condition: raise CoregError(f"{name}: expected {expected}, got {got}")
 
@@ -138,7 +137,6 @@ def open_image(path):  # an image file -> PIL image, RGB, upright as its EXIF da
     with contextlib.suppress(Exception):  # damaged EXIF data: it stays as it is
         image = ImageOps.exif_transpose(image)
     return image.convert("RGB")
-
 HIDDEN = (".", "__")  # how .ipynb_checkpoints and __MACOSX begin
 def class_name(text): return unicodedata.normalize("NFC", text.strip())  # accents in one form
 
@@ -150,8 +148,8 @@ class Photos(tv.ImageFolder):
         super().__init__(root, None, None, open_image, self.is_photo, allow_empty=True)
     def find_classes(self, root):
         if self.unlabeled: return self.class_names, {"": -1}
-        folders = [entry.name for entry in os.scandir(root)
-                   if entry.is_dir() and not entry.name.startswith(HIDDEN)]
+        folders = [name for name in super().find_classes(root)[0]  # all, or an error
+                   if not name.startswith(HIDDEN)]
         names = self.class_names or sorted({class_name(folder) for folder in folders})
         return names, {folder: names.index(class_name(folder)) for folder in folders}
     def is_photo(self, path):
@@ -406,17 +404,19 @@ class PreActBlock(nn.Module):  # the shortcut, too, starts after the first Batch
 
 class CoRegNet(nn.Module):
     """Images [B,C,S,S] -> (logits [B,K], embeddings z [B,D] of norm 1), for any S from 8."""
-    def __init__(self, num_classes, in_channels=3, image_size=32, width=64, embedding_dim=128):
+    def __init__(self, num_classes, in_channels=3, image_size=32, width=64, embedding_dim=128,
+                 bf16=False):
         super().__init__()
+        self.bf16 = bf16  # DIFFERS: convolutions in bfloat16; published: float32
         layers, dim = [Conv2dNormActivation(in_channels, width)], width  # 3x3, BatchNorm, ReLU
         for channels in (width, 2 * width, 4 * width, 8 * width):
             stride = 1 if channels == width and image_size < 64 else 2  # halves the sides
             layers += [PreActBlock(dim, channels, stride), PreActBlock(channels, channels, 1)]
             dim = channels
         self.encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.fc, self.bf16 = nn.Linear(dim, num_classes), False  # DIFFERS: bf16 inside
-        mlp = nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, embedding_dim)
-        self.head = nn.Sequential(*mlp)
+        self.fc = nn.Linear(dim, num_classes)
+        self.head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(),
+                                  nn.Linear(dim, embedding_dim))
     def forward(self, images):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             features = self.encoder(images)  # [B,dim]
@@ -427,9 +427,9 @@ EMBEDDING_DIM, MOMENTUM, WEIGHT_DECAY = 128, 0.9, 5e-4  # published code, for SG
 class Learner:  # one of the two networks, with all the state that belongs to it
     def __init__(self, num_classes, cfg, device, bf16):
         channels = DATASETS[cfg.dataset].channels
-        net = CoRegNet(num_classes, channels, cfg.image_size, cfg.width, EMBEDDING_DIM)
-        self.net, net.bf16 = net.to(device, memory_format=torch.channels_last), bf16
-        self.key_net = copy.deepcopy(net)  # after bf16, so that it has it, too
+        net = CoRegNet(num_classes, channels, cfg.image_size, cfg.width, EMBEDDING_DIM, bf16)
+        self.net = net.to(device, memory_format=torch.channels_last)
+        self.key_net = copy.deepcopy(net)
         self.queue = MomentumQueue(cfg.queue_size, EMBEDDING_DIM).to(device)
         self.losses = []  # of the last epochs, [N] each: input of the mixture model
         self.split = None  # what split_data gave
@@ -759,8 +759,8 @@ def train(state, images, candidates, test_images, test_labels, cfg, save):  # ep
             record[name] = (terms_1.get(name, 0.0) + terms_2.get(name, 0.0)) / 2
         record["loss"] = sum(record[name] for name in TERMS)
         if test_labels is not None:
-            logits_1, logits_2 = [predict(own.net, test_images, views.plain)
-                                  for own in (net_1, net_2)]
+            logits_1 = predict(net_1.net, test_images, views.plain)
+            logits_2 = predict(net_2.net, test_images, views.plain)
             record.update(test_acc_net1=accuracy(logits_1, test_labels),
                           test_acc_net2=accuracy(logits_2, test_labels),
                           test_acc=accuracy(logits_1 + logits_2, test_labels))
@@ -895,7 +895,7 @@ def load_tiny_clip(device):  # pre-trained now -> (model, preprocessing, tokeniz
                         for digit in DIGITS])  # [T*10, length]
     rng, digits = random.Random(0), torch.arange(TINY_DRAWINGS) % 10
     drawings, truths = zip(*[draw_digit(digit, rng) for digit in digits.tolist()])
-    preprocess = lambda image: TF.pil_to_tensor(image) / 127.5 - 1  # [1,8,8] in -1..1
+    preprocess = lambda image: TF.pil_to_tensor(image.convert("L").resize((8, 8))) / 127.5 - 1
     drawings = torch.stack([preprocess(image) for image in drawings])  # [n,1,8,8]
     truths = torch.tensor(truths).float()  # [n,T]
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)

@@ -1382,12 +1382,12 @@ def test_load_clip_tiny_knows_drawn_digits(monkeypatch):
     monkeypatch.setattr(C, "TINY_DRAWINGS", 600)
     model, preprocess, tokenizer = C.load_clip("tiny", "openai", "cpu")
     rng = random.Random(1)
-    images = torch.stack([preprocess(C.draw_digit(i % 10, rng)[0]) for i in range(200)])
+    drawings = [C.draw_digit(i % 10, rng)[0] for i in range(200)]
+    images = torch.stack([preprocess(x.resize((32, 32)).convert("RGB")) for x in drawings])
     templates, names = C.TEMPLATES["digits"], C.DATASETS["digits"].class_names
     probs = C.annotate(model, tokenizer, [(images, None)], names, templates, "cpu")
     assert probs.shape == (len(templates), 200, 10) and not model.training
-    hits = probs.float().mean(0).argmax(1) == torch.arange(200) % 10
-    assert hits.float().mean() > 0.3  # by chance: 0.1
+    assert C.accuracy(probs.float().mean(0), torch.arange(200) % 10) > 30  # by chance: 10
 
 def test_main_digits_from_annotation_to_metrics(monkeypatch, capsys):
     """The default in small: TinyCLIP hardly trained, four epochs."""
