@@ -5,7 +5,7 @@ Digits, no human label: 97.0 +- 0.8 % (both networks, python coreg.py --seed 0 t
 
 The method of "Pre-Trained Vision-Language Models as Partial Annotators" (arXiv 2406.18550,
 AAAI 2025): CLIP's prompt templates give each image a set of candidate labels, perhaps wrong;
-two networks clean the sets for each other. "Eq.": the AAAI text; "published code": only that.
+two networks clean the sets for each other. "Eq.": the AAAI text; "published code": only there.
 
     python coreg.py                       # handwritten digits, a tiny CLIP; no download
     python coreg.py --dataset cifar10     # the paper's setting, with OpenAI's CLIP ViT-B/32
@@ -54,13 +54,13 @@ LEAST = dict(image_size=8, epochs=1, batch_size=2, width=1, temperature=0.01, qu
 
 @dataclasses.dataclass
 class Config:  # all settings; CoregError names the flag of a bad one
-    dataset: str = "cifar10"         # a row of DATASETS; folder: your own images
+    dataset: str = "cifar10"         # a row of DATASETS (no flag: digits); folder: your own
     data_dir: str = "data"           # where data sets lie or go, and cached annotations
     classes: str = ""                # for folder: cat,dog,...; then train/ holds no labels
     num_samples: int = 0             # train on a random subset of so many images; 0: on all
     image_size: int = 32             # side of the network's input in pixels
     annotator: str = "clip"          # flip: synthetic sets from TRUE labels, to study noise
-    annotations: str = ""            # an .npz with probs [T,N,K] of others than CLIP
+    annotations: str = ""            # an .npz, probs [T,N,K] in read_dataset's order
     clip_model: str = "ViT-B-32-quickgelu"  # a model of open_clip; tiny: section 13
     clip_pretrained: str = "openai"  # open_clip's tag of its weights, or their file
     templates: str = "small"         # 27; imagenet: 80; digits; or a file, one {} per line
@@ -69,7 +69,7 @@ class Config:  # all settings; CoregError names the flag of a bad one
     noise_rate: float = 0.1          # for flip: chance eta that the true label is missing
     epochs: int = 800                # in all
     warm_up: int = 50                # epochs on whole sets; more where they are large or noisy
-    start_contrastive: int = 10      # epochs from there to the representation terms
+    start_contrastive: int = 10      # so many epochs + 1 later: the representation terms
     batch_size: int = 256            # clean images in a batch
     lr: float = 0.01                 # learning rate; lower it if a loss is not finite
     lr_period: int = 800             # epochs from lr to lr/1000; 0: as many as --epochs
@@ -80,7 +80,7 @@ class Config:  # all settings; CoregError names the flag of a bad one
     contrastive_weight: float = 0.1  # weight of the contrastive loss
     momentum: float = 0.999          # m of prototypes and key encoders, under 1
     queue_size: int = 8192           # keys Q in each queue; fewer than images
-    ablate: str = ""                 # a part to leave out: see CHOICES
+    ablate: str = ""                 # what to leave out; supcon: the clean flags of Eq. 11
     seed: int = 0                    # of networks, order, views and synthetic sets
     device: str = "auto"             # auto, cpu, cuda, cuda:N or mps
     precision: str = "auto"          # fp32, bf16; auto: bf16 on CUDA and AVX512-BF16
@@ -93,6 +93,7 @@ class Config:  # all settings; CoregError names the flag of a bad one
             least = LEAST.get(name, 0)  # NaN is not above any number:
             good = isinstance(value, str) or least <= value < math.inf
             expect(good, flag(name), f"{least} or more", value)
+        expect(self.momentum < 1, "--momentum", "under 1", self.momentum)
         expect(self.warm_up <= self.epochs, "--warm-up",
                f"at most --epochs {self.epochs} (set both)", self.warm_up)
 def flag(name): return "--" + name.replace("_", "-")
@@ -133,7 +134,7 @@ def read_digits(cfg):  # scikit-learn's 1,797 handwritten digits, 8x8 pixels of 
 
 def open_image(path):  # an image file -> PIL image, RGB, upright as its EXIF data say
     image = Image.open(path)
-    expect(max(image.size) < 100 * min(image.size), "sides", "under 100 : 1", image.size)
+    expect(image.mode[0] not in "IF", "pixels", "of 8 bits", f"mode {image.mode}")
     with contextlib.suppress(Exception):  # damaged EXIF data: it stays as it is
         image = ImageOps.exif_transpose(image)
     return image.convert("RGB")
@@ -163,16 +164,16 @@ class Photos(tv.ImageFolder):
 
 def read_photos(cfg):  # train/<class>/, or all of train/ with --classes; test/<class>/
     root, names = Path(cfg.data_dir), None
-    if cfg.classes: names = [class_name(text) for text in cfg.classes.split(",")]
+    if cfg.classes: names = [class_name(text) for text in cfg.classes.strip(",").split(",")]
     train = Photos(root / "train", names, unlabeled=bool(names))
     return train, Photos(root / "test", train.classes) if (root / "test").is_dir() else []
 def both(reader, parts=("train", "test")):  # a data set of torchvision -> read(cfg)
     return lambda cfg: [reader(cfg.data_dir, part, download=True) for part in parts]
 # read(cfg) -> training part, test part or None (hold out a fifth); class_names None: its own;
-# channels 1: grey; views: arguments of Views; preset: what differs from CIFAR-10 in Config.
+# channels 1: grey; views: for Views (square: least, most, grey); preset: of Config.
 DatasetSpec = namedtuple("DatasetSpec", "read class_names channels views preset",
                          defaults=(None, 3, {}, {}))
-FLAGS, NO_FLIP, LARGE = (True, False), dict(flip=False), dict(epochs=100, image_size=64)
+IS_TRAIN, NO_FLIP, LARGE = (True, False), dict(flip=False), dict(epochs=100, image_size=64)
 DATASETS = {
     "digits": DatasetSpec(  # fp32: so small a network is faster without bf16
         read_digits, DIGITS, 1, dict(flip=False, operations=False, square=(0, 1 / 3, 0.5)),
@@ -180,10 +181,10 @@ DATASETS = {
              warm_up=6, start_contrastive=3, batch_size=64, lr=0.05, lr_period=0,
              momentum=0.99, queue_size=1024, precision="fp32")),
     "folder": DatasetSpec(read_photos, preset=dict(epochs=100)),
-    "cifar10": DatasetSpec(both(tv.CIFAR10, FLAGS)),
-    "cifar100": DatasetSpec(both(tv.CIFAR100, FLAGS), preset=dict(warm_up=100)),
+    "cifar10": DatasetSpec(both(tv.CIFAR10, IS_TRAIN)),
+    "cifar100": DatasetSpec(both(tv.CIFAR100, IS_TRAIN), preset=dict(warm_up=100)),
     "svhn": DatasetSpec(both(tv.SVHN), [f"number {i}" for i in range(10)], 3, NO_FLIP),
-    "fmnist": DatasetSpec(both(tv.FashionMNIST, FLAGS), None, 1,
+    "fmnist": DatasetSpec(both(tv.FashionMNIST, IS_TRAIN), None, 1,
                           dict(operations=False, square=(16 / 28, 16 / 28, 0.0)),
                           dict(epochs=100, image_size=28)),
     "eurosat": DatasetSpec(lambda cfg: (tv.EuroSAT(cfg.data_dir, download=True), None),
@@ -246,7 +247,7 @@ def candidate_sets(probs, mode="multi_prompt", top_k=5, ratio=0.5):
 
 def flip_candidates(labels, num_classes, partial_rate, noise_rate, generator=None):
     """True labels int [N], CPU -> synthetic S bool [N,K] (the paper's Table 3): a wrong label
-    joins with chance partial_rate; then, with noise_rate, one from outside replaces it."""
+    joins with chance partial_rate; with noise_rate one from outside replaces the truth."""
     size, true = (len(labels), num_classes), F.one_hot(labels, num_classes).bool()  # [N,K]
     sets = true | (torch.rand(size, generator=generator) < partial_rate)
     # The largest of random numbers is a uniform draw among the labels outside the set.
@@ -324,11 +325,8 @@ def annotate_cached(cfg, pairs, images, class_names, device):
 def random_number(low, high): return low + (high - low) * torch.rand(()).item()
 SHEAR = math.degrees(math.atan(0.3))
 OPERATIONS = [  # those of RandAugment, in the published ranges; each draws its strength
-    lambda x: x,
-    TF.autocontrast,
-    TF.equalize,
-    v2.ColorJitter(brightness=(0.05, 0.95)),
-    v2.ColorJitter(saturation=(0.05, 0.95)),
+    lambda x: x, TF.autocontrast, TF.equalize,
+    v2.ColorJitter(brightness=(0.05, 0.95)), v2.ColorJitter(saturation=(0.05, 0.95)),
     v2.ColorJitter(contrast=(0.05, 0.95)),
     lambda x: TF.adjust_sharpness(x, random_number(0.05, 0.95)),
     lambda x: TF.posterize(x, int(random_number(4, 8))),  # 4..7 bits
@@ -423,7 +421,7 @@ class CoRegNet(nn.Module):
             logits, embeddings = self.fc(features), self.head(features)
         return logits.float(), F.normalize(embeddings.float())
 
-EMBEDDING_DIM, MOMENTUM, WEIGHT_DECAY = 128, 0.9, 5e-4  # published code, for SGD
+EMBEDDING_DIM, SGD_MOMENTUM, WEIGHT_DECAY = 128, 0.9, 5e-4  # published code, for SGD
 class Learner:  # one of the two networks, with all the state that belongs to it
     def __init__(self, num_classes, cfg, device, bf16):
         channels = DATASETS[cfg.dataset].channels
@@ -433,7 +431,8 @@ class Learner:  # one of the two networks, with all the state that belongs to it
         self.queue = MomentumQueue(cfg.queue_size, EMBEDDING_DIM).to(device)
         self.losses = []  # of the last epochs, [N] each: input of the mixture model
         self.split = None  # what split_data gave
-        self.optimizer = torch.optim.SGD(net.parameters(), cfg.lr, MOMENTUM, 0, WEIGHT_DECAY)
+        weights = net.parameters()
+        self.optimizer = torch.optim.SGD(weights, cfg.lr, SGD_MOMENTUM, 0, WEIGHT_DECAY)
     def step(self, terms):  # one optimizer step on the sum of {name: scalar}
         self.optimizer.zero_grad()
         sum(terms.values()).backward()
@@ -456,7 +455,6 @@ def negative_entropy(logits):
 def random_batches(rows, batch_size):  # [n] -> shuffled parts, none of 1 row (BatchNorm)
     order = torch.randperm(len(rows)).to(rows.device)
     return [batch for batch in rows[order].split(batch_size) if len(batch) != 1]
-
 def mean_terms(steps, epoch):  # [{name: scalar}] -> {name: finite mean}
     means = {}
     for name in steps[0]:
@@ -481,7 +479,7 @@ def warm_up_epoch(own, images, candidates, views, cfg, epoch):
 # label is learnt early: its loss is small. Two Gaussians over the losses give w_i, the
 # probability that set i is clean. Published code: alignment, scaling, averaging, all settings.
 MIXTURE = dict(n_components=2, max_iter=10, tol=1e-2, reg_covar=5e-4)
-HISTORY_EPOCHS, CLEAN_THRESHOLD, MAX_LOSS = 5, 0.5, 88.0  # 88: -log of the smallest float32
+HISTORY_EPOCHS, CLEAN_THRESHOLD, MAX_LOSS = 5, 0.5, 88.0  # 88: about -log of float32's tiny
 def align_distribution(probs, mean_probs, prior):
     """p [B,K], their mean over images [K], prior [K] -> [B,K]: normalise(p prior / mean)."""
     aligned = probs * prior / mean_probs.clamp_min(1e-8)  # 1e-8: a class never predicted
@@ -496,7 +494,7 @@ def clean_probability(loss_history, window=HISTORY_EPOCHS, seed=0):
     losses = loss_history[-window:].float().clamp_max(MAX_LOSS)
     low, high = losses.amin(1, keepdim=True), losses.amax(1, keepdim=True)  # [E,1]
     mean = ((losses - low) / (high - low).clamp_min(1e-12)).mean(0)  # [N]; 1e-12: constant
-    if not mean.min() < mean.max(): return torch.zeros_like(mean)
+    if not mean.min() < mean.max(): return torch.zeros_like(mean)  # equal or NaN
     values = mean.cpu().numpy()[:, None]  # [N,1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ten rounds without convergence are normal here
@@ -589,7 +587,7 @@ def prototype_loss(similarity_x, targets_a_x, targets_b_x, similarity_u, targets
 CONTRASTIVE_TEMPERATURE = 0.07  # published code
 class MomentumQueue(nn.Module):
     """The last Q = `size` keys [n,D], their classes int [n], clean flags bool [n], n <= Q.
-    DIFFERS: starts empty; the published queue starts full of random numbers."""
+    DIFFERS: starts empty (save it whole, not its state_dict); published: random numbers."""
     def __init__(self, size, dim):
         super().__init__()
         self.size = size
@@ -642,7 +640,7 @@ def co_training_step(own, partner_net, prototypes, weak, strong, candidates, cle
     """One batch of network `own` -> ({name: loss term}, new prototypes); moves own.key_net and
     own.queue. weak, strong: two views [B,C,S,S] each of clean (x) and unlabeled images (u, may
     be none); S, w, partner_probs: of the clean ones. weight_u: lambda_u times the ramp.
-    representation: with Eq. 9 to 11? own's networks train, partner_net is in eval mode."""
+    representation: with Eq. 9 to 11? own trains; partner_net, if another, is in eval mode."""
     x_w1, x_w2, u_w1, u_w2 = weak
     x_s1, x_s2, u_s1, u_s2 = strong
     with torch.no_grad():
@@ -650,7 +648,7 @@ def co_training_step(own, partner_net, prototypes, weak, strong, candidates, cle
         targets_u = partner_probs[:0]
         if len(u_w1):
             logits_u = [own.net(u_w1)[0], own.net(u_w2)[0],
-                        *partner_net(torch.cat([u_w1, u_w2]))[0].chunk(2)]  # eval mode
+                        *partner_net(torch.cat([u_w1, u_w2]))[0].chunk(2)]
             targets_u = guess_labels(torch.stack(logits_u).softmax(2), cfg.temperature)
 
         # Labels of clean samples: the partner within the set, joined with the own network.
@@ -702,7 +700,8 @@ def co_train_epoch(own, partner, split, prototypes, images, candidates, views, c
     """A pass over the partner's clean samples -> mean of each loss term, number of samples."""
     # Every epoch the key encoder begins as a copy (DIFFERS: of BatchNorm's buffers, too).
     own.key_net.load_state_dict(own.net.state_dict())
-    partner.net.eval(), own.net.train(), own.key_net.train()  # own last: they may be one
+    partner.net.eval()
+    own.net.train(), own.key_net.train()  # after the partner: without co-pl it is `own`
     probs, clean_prob = split
     clean = clean_prob > CLEAN_THRESHOLD
     rows_x, rows_u = clean.nonzero()[:, 0], (~clean).nonzero()[:, 0]
@@ -710,7 +709,7 @@ def co_train_epoch(own, partner, split, prototypes, images, candidates, views, c
     representation = epoch > cfg.warm_up + cfg.start_contrastive  # ">": published code
     batches_x, batches_u, steps = random_batches(rows_x, cfg.batch_size), [], []
     for step, batch_x in enumerate(tqdm(batches_x, "co-train", disable=None, leave=False)):
-        # Unlabeled samples: another batch, or none; used up, they begin again.
+        # Unlabeled samples: begun again when used up. Of no rows, split makes one empty batch.
         if not batches_u: batches_u = random_batches(rows_u, cfg.batch_size)
         batch_u = batches_u.pop()
 
@@ -779,7 +778,6 @@ def pick_device(cfg):  # -> (torch.device, do the networks compute in bfloat16?)
     with hint(f"--device {name}: expected auto, cpu, or a cuda, cuda:N or mps that is here"):
         torch.zeros(1, device=name).item()
     torch.backends.cudnn.benchmark = True  # the fastest convolutions for these sizes
-    torch.backends.cudnn.allow_tf32 = cfg.precision != "fp32"
     fast = "cuda" in name or getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
     return torch.device(name), {"bf16": True, "fp32": False, "auto": bool(fast)}[cfg.precision]
 
@@ -794,6 +792,8 @@ def parse(argv=None):  # command line -> Config; the rest: DATASETS, or the run 
     if "resume" in given:
         with hint(f"--resume {given['resume']}: expected a run's folder, with config.json"):
             base = vars(Config(**json.loads(Path(given["resume"], "config.json").read_text())))
+        fixed = given.keys() & {"width", "queue_size", "precision", "seed"}
+        expect(not fixed, "--resume", "no flag that its checkpoint fixes", fixed)
     else:
         dataset = given.setdefault("dataset", "digits")
         base = DATASETS.get(dataset, DATASETS["cifar10"]).preset
@@ -846,7 +846,7 @@ def run(cfg):  # data -> annotation -> training -> the files of the run
         write_atomically(folder / "metrics.jsonl", lambda file: file.write(lines.encode()))
         saved = dict(state=state, data_digest=data_digest, random=torch.get_rng_state())
         write_atomically(folder / "checkpoint.pt", lambda file: torch.save(saved, file))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=folder != Path(name))
     settings = json.dumps(vars(cfg), indent=1).encode()
     write_atomically(folder / "config.json", lambda file: file.write(settings))
     save()

@@ -339,7 +339,7 @@ def test_read_dataset_folder_with_classes_never_sees_folder_names(tree, moved):
     if moved:
         (tree / "train/dog").rename(tree / "train/wolf")
         two_colours(tree / "train/0.png")
-    train, test, names = read(tree, "folder", "--classes", "dog, cat")
+    train, test, names = read(tree, "folder", "--classes", "dog, cat,")
     files = {"1.png": -1, "2.bmp": -1, "ü 3.JPG": -1} | ({"0.png": -1} if moved else {})
     assert labelled(train) == files and names == ["dog", "cat"]
     assert labelled(test) == {"4.png": 1, "5.png": 0}
@@ -363,12 +363,12 @@ def test_read_dataset_folder_leaves_out_broken_files_by_name(tree, capsys):
     write(tree / "train/cat/cut.png", whole[:len(whole) // 2])
     write(tree / "train/dog/junk.jpg", b"junk")
     (tree / "train/dog/gone.png").symlink_to(tree / "nowhere.png")
-    Image.new("L", (1, 40_000)).save(tree / "train/dog/strip.png")
+    Image.new("I;16", (16, 16)).save(tree / "train/dog/deep.png")  # convert would clip its greys
     train, _, _ = read(tree, "folder")
     assert labelled(train) == {"1.png": 0, "2.bmp": 0, "ü 3.JPG": 1}
     lines = capsys.readouterr().err.splitlines()
     assert all(line.startswith("left out: ") for line in lines)
-    for name in ("cut.png", "junk.jpg", "gone.png", "strip.png"):
+    for name in ("cut.png", "junk.jpg", "gone.png", "deep.png"):
         assert sum(name in line for line in lines) == 1
 
 @pytest.mark.parametrize("kind", ["missing", "no train", "empty", "broken", "unknown test class"])
@@ -553,7 +553,6 @@ def photos(tmp_path_factory):
         patch.setattr(C, "load_clip", ColourClip().load)
         assert C.main(words(root, root / "run", *ONE)) == 0
     return root
-
 def test_main_reads_a_templates_file_without_its_byte_order_mark(photos, clip):
     Path("t.txt").write_bytes("\ufeffa {}, in ü\n\n {} !\n".encode())
     assert C.main(words(photos, "run", "--data-dir", make_photos(Path("p")), *ONE,
@@ -685,7 +684,6 @@ def test_Views_strong_of_grey_data_sets_has_a_black_square_and_no_operation(name
     rows, columns = squares(inner)
     whole = ~(rows | columns)[:, [0, -1]].any(1) & inner.any((1, 2))
     assert whole.sum() > 5 and (inner[whole].sum((1, 2)) == 16 * 16).all()
-
 def test_Views_strong_of_colour_images_has_an_operation_on_some():
     images = torch.full((1000, 3, 24, 24), 204, dtype=torch.uint8)
     images[0, 0, 0, 0] = 0
@@ -707,7 +705,6 @@ def test_Views_seed_independence_and_input(name, view):
     assert torch.equal(make(images), first) and not torch.equal(first, second)
     assert torch.equal(images, before) and first.dtype == torch.float32
     assert len(first.flatten(1).unique(dim=0)) > 15  # one image, sixty views
-
 def test_random_operation_posterize_leaves_4_to_7_bits():
     gradient, found = (torch.arange(256.0) / 255).view(1, 1, 16, 16).repeat(20, 1, 1, 1), set()
     for _ in range(60):
@@ -1284,7 +1281,6 @@ def test_resume_refuses_other_data(change, finished, clip, capsys):
     assert C.main(["--resume", run, "--data-dir", "p", *flags.get(change, [])]) == 2
     one_line(capsys, "--resume", "those that the run began with")
     assert Path("run/checkpoint.pt").read_bytes() == before
-
 @pytest.mark.parametrize("name", ["checkpoint.pt", "config.json"])
 @pytest.mark.parametrize("damage", ["gone", "empty", "cut", "other"])
 def test_resume_of_a_damaged_run_error_in_one_line(name, damage, finished, capsys):
@@ -1294,7 +1290,6 @@ def test_resume_of_a_damaged_run_error_in_one_line(name, damage, finished, capsy
     if damage != "gone":
         write(path, {"empty": b"", "cut": whole[:-99], "other": b'{"dim": 2}'}[damage])
     assert "--resume" in refused(capsys, ["--resume", "run"])
-
 def test_main_full_disk_keeps_the_checkpoint(photos, finished, monkeypatch, capsys):
     real = Path.write_bytes
     def full(path, content):
@@ -1313,17 +1308,22 @@ def test_main_names_epoch_and_term_of_a_loss_that_is_not_finite(photos, capsys):
     error = capsys.readouterr().err
     assert re.fullmatch(r"coreg.py: epoch 1, .*'(set|entropy)'.*--lr.*\n", error)
     assert torch.load("run/checkpoint.pt", weights_only=False)["state"].records == []
-
 @pytest.mark.parametrize("argv, text", [
     ("--epochs -3", "--epochs"), ("--epochs ten", "--epochs"), ("--lr nan", "--lr"),
     ("--batch-size 0", "--batch-size"), ("--warm-up 50 --epochs 10", "--warm-up"),
     ("--annotations nowhere.npz", "nowhere.npz"), ("--num-samples 1", "two or more images"),
     ("--epoch 3", "--epoch 3"), ("--dataset cifra10", "cifra10"), ("--ablate mixin", "--ablate"),
     ("--dataset folder --data-dir no/where", "no/where"), ("--resume nowhere", "nowhere"),
-    ("--device cuda:9", "cuda:9"), ("--device tpu", "tpu"), ("--output-dir old", "--output-dir")])
+    ("--device cuda:9", "cuda:9"), ("--device tpu", "tpu"), ("--output-dir old", "--output-dir"),
+    ("--momentum 1", "--momentum"), ("--resume old --width 8 --seed 1", "checkpoint fixes")])
 def test_main_refuses_bad_input_in_one_line(argv, text, capsys):
     write(Path("old/config.json"), "{}")
     assert text in refused(capsys, argv.split())
+def test_main_never_shares_a_folder_with_a_run_of_the_same_second(photos, monkeypatch, capsys):
+    monkeypatch.setattr(C.time, "strftime", lambda _: "begun")
+    Path("begun").mkdir()
+    assert C.main(words(photos, "", *ONE)) == 2
+    one_line(capsys, "begun")
 
 def script(argv, **changes):
     environment = dict(os.environ, OMP_NUM_THREADS="1", **changes)
