@@ -69,7 +69,7 @@ class Config:  # all settings; CoregError names the flag of a bad one
     noise_rate: float = 0.1          # for flip: chance eta that the true label is missing
     epochs: int = 800                # in all
     warm_up: int = 50                # epochs on whole sets; more where they are large or noisy
-    start_contrastive: int = 10      # so many epochs + 1 later: the representation terms
+    start_contrastive: int = 10      # the representation terms begin so many + 1 epochs later
     batch_size: int = 256            # clean images in a batch
     lr: float = 0.01                 # learning rate; lower it if a loss is not finite
     lr_period: int = 800             # epochs from lr to lr/1000; 0: as many as --epochs
@@ -149,7 +149,7 @@ class Photos(tv.ImageFolder):
         super().__init__(root, None, None, open_image, self.is_photo, allow_empty=True)
     def find_classes(self, root):
         if self.unlabeled: return self.class_names, {"": -1}
-        folders = [name for name in super().find_classes(root)[0]  # all, or an error
+        folders = [name for name in super().find_classes(root)[0]  # all, or it raises
                    if not name.startswith(HIDDEN)]
         names = self.class_names or sorted({class_name(folder) for folder in folders})
         return names, {folder: names.index(class_name(folder)) for folder in folders}
@@ -421,7 +421,7 @@ class CoRegNet(nn.Module):
             logits, embeddings = self.fc(features), self.head(features)
         return logits.float(), F.normalize(embeddings.float())
 
-EMBEDDING_DIM, SGD_MOMENTUM, WEIGHT_DECAY = 128, 0.9, 5e-4  # published code, for SGD
+EMBEDDING_DIM, SGD_MOMENTUM, SGD_DECAY = 128, 0.9, 5e-4  # published code; weight decay
 class Learner:  # one of the two networks, with all the state that belongs to it
     def __init__(self, num_classes, cfg, device, bf16):
         channels = DATASETS[cfg.dataset].channels
@@ -431,8 +431,7 @@ class Learner:  # one of the two networks, with all the state that belongs to it
         self.queue = MomentumQueue(cfg.queue_size, EMBEDDING_DIM).to(device)
         self.losses = []  # of the last epochs, [N] each: input of the mixture model
         self.split = None  # what split_data gave
-        weights = net.parameters()
-        self.optimizer = torch.optim.SGD(weights, cfg.lr, SGD_MOMENTUM, 0, WEIGHT_DECAY)
+        self.optimizer = torch.optim.SGD(net.parameters(), cfg.lr, SGD_MOMENTUM, 0, SGD_DECAY)
     def step(self, terms):  # one optimizer step on the sum of {name: scalar}
         self.optimizer.zero_grad()
         sum(terms.values()).backward()
@@ -701,7 +700,7 @@ def co_train_epoch(own, partner, split, prototypes, images, candidates, views, c
     # Every epoch the key encoder begins as a copy (DIFFERS: of BatchNorm's buffers, too).
     own.key_net.load_state_dict(own.net.state_dict())
     partner.net.eval()
-    own.net.train(), own.key_net.train()  # after the partner: without co-pl it is `own`
+    own.net.train(), own.key_net.train()  # after it: with --ablate co-pl partner is own
     probs, clean_prob = split
     clean = clean_prob > CLEAN_THRESHOLD
     rows_x, rows_u = clean.nonzero()[:, 0], (~clean).nonzero()[:, 0]
@@ -792,7 +791,7 @@ def parse(argv=None):  # command line -> Config; the rest: DATASETS, or the run 
     if "resume" in given:
         with hint(f"--resume {given['resume']}: expected a run's folder, with config.json"):
             base = vars(Config(**json.loads(Path(given["resume"], "config.json").read_text())))
-        fixed = given.keys() & {"width", "queue_size", "precision", "seed"}
+        fixed = given.keys() & {"width", "queue_size", "precision", "seed", "output_dir"}
         expect(not fixed, "--resume", "no flag that its checkpoint fixes", fixed)
     else:
         dataset = given.setdefault("dataset", "digits")
@@ -841,12 +840,13 @@ def run(cfg):  # data -> annotation -> training -> the files of the run
                    "those that the run began with", "others")
             torch.set_rng_state(saved["random"].cpu())
             state = saved["state"]
+            state.cfg = cfg
     def save():
         lines = "".join(json.dumps(record) + "\n" for record in state.records)
         write_atomically(folder / "metrics.jsonl", lambda file: file.write(lines.encode()))
         saved = dict(state=state, data_digest=data_digest, random=torch.get_rng_state())
         write_atomically(folder / "checkpoint.pt", lambda file: torch.save(saved, file))
-    folder.mkdir(parents=True, exist_ok=folder != Path(name))
+    folder.mkdir(parents=True, exist_ok=folder != Path(name))  # a run of the same second
     settings = json.dumps(vars(cfg), indent=1).encode()
     write_atomically(folder / "config.json", lambda file: file.write(settings))
     save()

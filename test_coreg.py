@@ -1270,7 +1270,7 @@ def test_resume_after_an_interrupt_gives_the_same_numbers(function, number, left
     assert len(metrics("run")) == left
     assert C.main(["--resume", str(Path("run").rename("moved"))]) == 0
     assert metrics("moved") == metrics(finished) and not Path("run").exists()
-
+    assert torch.load("moved/checkpoint.pt", weights_only=False)["state"].cfg.resume == "moved"
 @pytest.mark.parametrize("change", ["annotations", "classes", "image"])
 def test_resume_refuses_other_data(change, finished, clip, capsys):
     root, run = make_photos(Path("p"), test=False), shutil.copytree(finished, "run")
