@@ -268,8 +268,8 @@ def read_photos(root, classes):
     if classes:
         names = [tidy(name) for name in classes.split(",")]
     if not train or "" in names:
-        raise UserError(f"--data-dir {root}: expected images below {root}/train, in a folder for"
-                        f" each class or with --classes a,b; got {len(train)} and {names}")
+        raise UserError(f"--data-dir {root}: expected images below {root}/train, in a folder"
+                        f" for each class or with --classes a,b; got {len(train)}, {names}")
     unknown = {folder for _, folder in test} - set(names)
     if unknown:
         raise UserError(f"{root}/test: expected folders of classes {names}, got {unknown}")

@@ -357,7 +357,8 @@ def test_annotate_matches_a_plain_loop(small_clip):
     assert not model.training
     names = ["cat", "fire engine", "seven"]
     templates = ["a photo of a {}", "{}", "many {}s", "no {}!"]
-    pairs = [(Image.fromarray(image), -1) for image, _ in noise([0] * 5, 30, 40, 3)]
+    arrays = [torch.randint(256, (30, 40, 3)).byte().numpy() for _ in range(5)]
+    pairs = [(Image.fromarray(array), -1) for array in arrays]
     scores = torch.empty(4, 5, 3)
     for t, template in enumerate(templates):
         for k, name in enumerate(names):
