@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Co-Reg: a small image classifier from unlabeled images and a vision-language model.
 
-CLIP answers every image once per prompt template. The set of its answers may lack the true
-label. Two networks learn from these candidate sets and clean them for each other: the method
+CLIP labels every image once per prompt template. These labels are the image's candidate set,
+which may lack the true one. Two networks clean the sets for each other: the method
 of "Pre-Trained Vision-Language Models as Partial Annotators" (arXiv 2406.18550, AAAI 2025).
 
     python coreg.py                     # handwritten digits and a tiny CLIP, no download
     python coreg.py --dataset cifar10   # the paper's setting, with OpenAI's CLIP ViT-B/32
 
-"Eq. 5" is an equation of the AAAI paper. "Published code" marks what only the authors' code
-says, "DIFFERS" what this file does otherwise than that code, with the reason.
+"Eq. 5" is an equation of the AAAI paper. "Published code": found in the authors' code, not in
+the paper. "DIFFERS": this file departs from that code, with the reason.
 """
 
 import argparse
@@ -43,13 +43,12 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 # Shapes in comments: N images, K classes, T prompt templates, B a batch, V views of an image,
-# C channels, H side of an image, D embedding, E epochs, A anchors, M all in a contrast.
+# C channels, H side of an image, D embedding, E epochs; A and M: section 9.
 # Endings of names: _x clean samples, _u unlabeled samples, _w1 _w2 weak views, _s1 _s2 strong.
 
 # (0) Settings ------------------------------------------------------------------------------
-# A setting is a flag of the command line. Its value is the default below (the paper's for
-# CIFAR-10) < the preset of the data set (section 1) < on a resume, what the run had < the
-# command line.
+# A setting is a flag. Its value is that of the command line, or else of the run to resume, or
+# else of the data set's preset (section 1), or else the default below (the paper's, CIFAR-10).
 
 class UserError(Exception):
     """A mistake that the user can mend: main() prints it in one line and returns 2."""
@@ -63,10 +62,11 @@ def number(kind, low, high=1e9):
             raise argparse.ArgumentTypeError(f"expected {low} to {high:g}, got {text}")
         return value
 
+    number_in_range.__name__ = kind.__name__  # what argparse calls it in its messages
     return number_in_range
 
 def parse(argv):
-    """Command line, a list of words -> settings. A bad word ends the program with code 2."""
+    """Words of the command line -> settings. An error ends the program, code 2."""
     usage = "coreg.py [--flag value ...]; coreg.py --help shows all flags"
     parser = argparse.ArgumentParser("coreg.py", usage, add_help=False, allow_abbrev=False)
 
@@ -87,7 +87,7 @@ def parse(argv):
     flag("--channels", 3, int, "1: grey, 3: colour", choices=[1, 3])
     flag("--mirror", 1, int, "mirror views; 0 for text, digits, signs", choices=[0, 1])
     flag("--operations", 1, int, "RandAugment's, in strong views", choices=[0, 1])
-    flag("--cutout", [0, 0.5, 0.5], share, "least and most of the side; grey value", nargs=3)
+    flag("--cutout", [0, 0.5, 0.5], share, "its side, least and most; its grey value", nargs=3)
     flag("--annotations", None, path, "an .npz with probs [T,N,K], in place of CLIP")
     flag("--clip-model", "ViT-B-32-quickgelu", str, "a model of open_clip; or tiny")
     flag("--clip-pretrained", "openai", str, "open_clip's tag of the weights, or a file")
@@ -97,35 +97,40 @@ def parse(argv):
     flag("--flip", None, share, "synthetic sets from TRUE labels: rates q and eta", nargs=2)
     flag("--epochs", 800, number(int, 1), "in all")
     flag("--warm-up", 50, count, "epochs on whole sets; raise it for large or noisy sets")
-    flag("--start-contrastive", 10, count, "epochs from the warm-up to Eq. 9-11, less one")
+    flag("--start-contrastive", 10, count, "Eq. 9-11 wait this number of epochs and one more")
     flag("--batch-size", 256, number(int, 2), "clean images in a batch")
     flag("--lr", 0.01, weight, "learning rate; lower it if the loss is not finite")
     flag("--lr-period", 800, count, "epochs of the learning rate's cosine; 0: all")
     flag("--width", 64, number(int, 1), "channels of the ResNet; 16 suits a CPU")
-    flag("--temperature", 0.5, number(float, 0.01), "T of Eq. 7; 1 leaves labels soft")
+    flag("--temperature", 0.5, number(float, 0.01), "of Eq. 7; 1 leaves labels soft")
     flag("--lambda-u", 1.0, weight, "weight of unlabeled images, Eq. 8 and 9")
     flag("--proto-weight", 0.1, weight, "weight of Eq. 9")
     flag("--contrastive-weight", 0.1, weight, "weight of Eq. 11")
     flag("--momentum", 0.999, share, "of prototypes and key encoders")
     flag("--queue-size", 8192, number(int, 1), "keys in each queue")
-    flag("--ablate", None, str, "a part to leave out; supcon: plain SupCon", choices=parts)
+    flag("--ablate", None, str, "leave out; supcon: clean flags of Eq. 11", choices=parts)
     flag("--seed", 0, count, "of networks, order of images, views, flips")
     flag("--device", "auto", str, "cpu, cuda, cuda:N or mps")
     flag("--precision", "auto", str, "of convolutions", choices=["auto", "bf16", "fp32"])
     flag("--output-dir", None, path, "default: runs/DATASET-seedN-DATE-TIME")
     flag("--resume", None, path, "folder of a run to go on with")
-    parser.add_argument("--balance", action="store_true", help="trust equal shares of classes")
+    parser.add_argument("--balance", action="store_true", help="equal clean share per class")
 
-    # The data set, or the run to resume, sets the defaults, also those that --help shows.
+    # A first pass reads --dataset and --resume. They set the defaults, which --help, added
+    # after it, shows.
     chosen, _ = parser.parse_known_args(argv)
     parser.set_defaults(**vars(parser.parse_args(PRESETS[chosen.dataset].split())))
     if chosen.resume:
         try:
-            parser.set_defaults(**json.loads(Path(chosen.resume, "config.json").read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"--resume {chosen.resume}: expected a run: {error}") from error
+            saved = json.loads(Path(chosen.resume, "config.json").read_text())
+            chosen.dataset = saved["dataset"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            text = "expected a run's folder, with a whole config.json"
+            raise UserError(f"--resume {chosen.resume}: {text}: {error!r}") from error
+        parser.set_defaults(**saved)
     parser.add_argument("-h", "--help", action="help", help="show this")
-    parser.epilog = f"In brackets: defaults for {chosen.dataset}. Presets: {PRESETS}"
+    presets = "; ".join(f"{name}: {flags}" for name, flags in PRESETS.items())
+    parser.epilog = f"In brackets: the defaults of this command. Presets: {presets}"
     cfg = parser.parse_args(argv)
     if cfg.warm_up > cfg.epochs:
         parser.error(f"--warm-up {cfg.warm_up} is more than --epochs {cfg.epochs}: set both")
@@ -133,8 +138,9 @@ def parse(argv):
         parser.error("--flip and --annotations: expected one of them")
     if cfg.classes and cfg.dataset != "folder":
         parser.error("--classes: expected --dataset folder beside it")
-    if chosen.resume and (chosen.annotations or chosen.flip or chosen.output_dir):
-        parser.error("--resume: a run keeps its annotations and its folder")
+    kept = "annotations flip templates clip_model clip_pretrained seed output_dir".split()
+    if chosen.resume and any(getattr(cfg, name) != saved.get(name) for name in kept):
+        parser.error(f"--resume: a run keeps {', '.join(kept)}: leave these flags out")
     return cfg
 
 # (1) Prompt templates and data sets --------------------------------------------------------
@@ -142,7 +148,7 @@ def parse(argv):
 # image, label), mostly torchvision's; the label -1 means that nobody knows it.
 
 def phrases(text, pattern="{}"):
-    """Phrases with ";" between them -> list of the pattern, filled with each of them."""
+    """'a; b' -> ['a', 'b'], each in place of the pattern's {}; its {{}} becomes {}."""
     return [pattern.format(phrase.strip()) for phrase in text.split(";")]
 
 SMALL = """a photo of a {}; a rendering of a {}; a cropped photo of the {}; the photo of a {};
@@ -154,8 +160,8 @@ SMALL = """a photo of a {}; a rendering of a {}; a cropped photo of the {}; the 
     a photo of the small {}; a photo of the weird {}; a photo of the large {};
     a photo of a cool {}; a photo of a small {}"""
 TEMPLATES = {
-    "small": phrases(SMALL, "{}"),
-    "imagenet": [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES],
+    "small": phrases(SMALL),
+    "imagenet": [fill("{}") for fill in open_clip.OPENAI_IMAGENET_TEMPLATES],  # functions
     "digits": phrases("plain; narrow; wide; slanted; printed", "a {} number {{}}"),
 }
 DIGITS = "zero one two three four five six seven eight nine".split()
@@ -213,6 +219,8 @@ def open_image(path):
     try:
         image = Image.open(path)
         image.load()
+        if image.mode.startswith(("I", "F")):  # Conversion would clip these to white.
+            raise ValueError(f"its mode is {image.mode}, not of 8 bits a channel")
     except Exception as error:  # A broken file makes Pillow raise nearly any kind of error.
         raise UserError(f"{path}: expected an image that can be read, but {error}") from error
     return to_rgb(image)
@@ -291,9 +299,9 @@ def read_known(name, root):
         return datasets.FER2013(root, "train"), None
     readers = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100,
                "fmnist": datasets.FashionMNIST, "svhn": datasets.SVHN, "gtsrb": datasets.GTSRB}
-    parts = (True, False)  # of their argument train
+    parts = (True, False)  # train=
     if name in ("svhn", "gtsrb"):
-        parts = ("train", "test")  # of their argument split
+        parts = ("train", "test")  # split=
     return [readers[name](root, part, download=True) for part in parts]
 
 def read_dataset(cfg):
@@ -308,19 +316,21 @@ def read_dataset(cfg):
             raise UserError(f"--data-dir {root}: no {cfg.dataset} there: {error}") from error
         names = CLASS_NAMES.get(cfg.dataset) or train.classes
 
-    # The held-out fifth (published code, for EuroSAT and FER2013) is the same for each --seed.
+    # One order, whatever --seed, chooses the held-out fifth (published code, for EuroSAT and
+    # FER2013) and --num-samples.
     rows = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
     if test is None:
         num_train = round(0.8 * len(rows))
         test = Subset(train, rows[num_train:])
         rows = rows[:num_train]
     rows = sorted(rows[: cfg.num_samples])
-    if len(rows) < 2 or len(set(names)) < max(2, len(names)):
+    if len(rows) < 2 or len(names) < 2 or len(set(names)) < len(names):
         raise UserError(f"--data-dir {root}: expected two or more images, and classes with"
                         f" different names, got {len(rows)} images and classes {names}")
     return Subset(train, rows), test, names
 
-print_once = functools.cache(print)  # A photo is read twice, for CLIP and for the networks.
+# A photo is read twice, for CLIP and for the networks; the cache drops a repeated message.
+print_once = functools.cache(print)
 
 def load(pairs, transform):
     """Pairs -> batches (transformed images, labels); broken photos are named and left out.
@@ -363,8 +373,9 @@ def read_images(pairs, cfg):
 def candidate_sets(probs, mode="multi_prompt"):
     """P [T,N,K] -> candidate sets S_i = {argmax_k P[t,i,k] : t = 1..T}, bool [N,K].
 
-    Labels that tie all count. A row of zeros abstains; a set that stays empty becomes full.
-    With mode argmax, S_i is the same of the mean over t.
+    DIFFERS: labels that tie all count, as people's votes may. A row of zeros abstains, and a
+    set that stays empty becomes full.
+    Mode argmax: S_i holds the answer of the mean over t alone.
     """
     if mode == "argmax":
         probs = probs.float().mean(0, keepdim=True)  # [1,N,K]
@@ -420,7 +431,7 @@ def annotate(clip, pairs, class_names, templates, device):
     """CLIP's answers to the images of pairs: P float16 [T,N,K].
 
     DIFFERS: float16, as in the run's file, so that a resume sees the same numbers; labels
-    closer than its rounding tie. UserError if CLIP cannot tell two classes apart.
+    closer than its rounding tie. UserError if two prompts have equal tokens.
     """
     model, preprocess, tokenizer = clip
     text_features = []
@@ -439,7 +450,10 @@ def annotate(clip, pairs, class_names, templates, device):
     return torch.cat(probs, 1)
 
 def read_annotations(path, images, class_names):
-    """An .npz with an array probs -> P float16 [T,N,K]. A run's must be of the same images."""
+    """An .npz with an array probs -> P float16 [T,N,K].
+
+    If it has arrays classes (names) or images (checksum), as a run's has, they must match.
+    """
     try:
         arrays = dict(np.load(path))
         probs = torch.from_numpy(arrays["probs"].astype(np.float16))
@@ -452,7 +466,7 @@ def read_annotations(path, images, class_names):
         raise UserError(f"{path}: expected probs from 0 to 1, got others")
     for name, expected in (("classes", class_names), ("images", zlib.crc32(images.numpy()))):
         if name in arrays and arrays[name].tolist() != expected:
-            raise UserError(f"{path}: it was made of other {name} than these, {expected}")
+            raise UserError(f"{path}: its {name} are others than those of this run")
     return probs
 
 def make_probs(cfg, pairs, images, labels, device):
@@ -475,7 +489,7 @@ def make_probs(cfg, pairs, images, labels, device):
 # All random numbers come from the CPU's generator, so that a resumed run goes on exactly.
 
 def crop_and_mirror(images, mirror):
-    """float [B,C,H,H]: each moved by up to 1/8 of its side, black comes in; half mirrored."""
+    """Moves each of [B,C,H,H] by up to 1/8 of its side, black beyond; may mirror half."""
     count, _, side, _ = images.shape
     most = round(side / 8)
     theta = torch.zeros(count, 2, 3)  # A view shows at (x, y) what was at theta (x, y, 1).
@@ -491,7 +505,7 @@ def random_number(low, high):
     """Uniform between low and high."""
     return low + (high - low) * torch.rand(()).item()
 
-SHEAR = math.degrees(math.atan(0.3))
+SHEAR = math.degrees(math.atan(0.3))  # by 0.3 of the side, as an angle
 OPERATIONS = [  # RandAugment's, on float images of 0 to 1; each call draws its strength
     lambda images: images,
     TF.autocontrast,
@@ -503,8 +517,9 @@ OPERATIONS = [  # RandAugment's, on float images of 0 to 1; each call draws its 
     lambda images: TF.posterize(images, int(random_number(4, 8))),  # 4 to 7 bits
     lambda images: TF.solarize(images, random_number(0, 1)),
     v2.RandomRotation(30),
-    v2.RandomAffine(0, shear=(-SHEAR, SHEAR, 0, 0)),  # DIFFERS: about the centre, as in
-    v2.RandomAffine(0, shear=(0, 0, -SHEAR, SHEAR)),  # torchvision; published: an edge.
+    # DIFFERS: torchvision shears about the centre, the published code about an edge.
+    v2.RandomAffine(0, shear=(-SHEAR, SHEAR, 0, 0)),
+    v2.RandomAffine(0, shear=(0, 0, -SHEAR, SHEAR)),
     v2.RandomAffine(0, translate=(0.3, 0)),
     v2.RandomAffine(0, translate=(0, 0.3)),
 ]
@@ -524,9 +539,9 @@ def random_operation(images):
     return changed.clamp(0, 1)
 
 def cutout(images, smallest, largest, value):
-    """A square anywhere gets this value, its side between these shares of the image's.
+    """Sets a square anywhere to value; its side is smallest to largest times the image's.
 
-    DIFFERS: grey, and cut off at the edges, which is plain; in the published code it has the
+    DIFFERS: grey, and cut off at the edges, for plain code; in the published code it has the
     colour (125, 123, 114) and is moved inward at two edges.
     """
     count, _, side, _ = images.shape
@@ -547,9 +562,9 @@ class WeakStrongImages:
         self.images = images
         self.candidates = candidates
         self.cfg = cfg
-        sample = images[:: 1 + len(images) // 10_000] / 255  # 10,000 images tell enough
+        sample = images[:: 1 + len(images) // 10_000] / 255  # up to 10,000 of them
         self.mean = sample.mean((0, 2, 3), keepdim=True)  # [1,C,1,1]
-        self.std = sample.std((0, 2, 3), keepdim=True).clamp_min(1 / 255)  # if all are black
+        self.std = sample.std((0, 2, 3), keepdim=True).clamp_min(1 / 255)  # never 0
 
     def __len__(self):
         return len(self.images)
@@ -568,11 +583,11 @@ class WeakStrongImages:
 # Two pre-activation ResNet-18 start from different random weights. Each has a linear
 # classifier f and a projection head, whose output z, of norm 1, is the image's embedding.
 
-EMBEDDING_DIM = 128  # D; with the next line: published code
-SGD_SETTINGS = dict(momentum=0.9, weight_decay=5e-4)
+EMBEDDING_DIM = 128  # D, published code
+SGD_SETTINGS = dict(momentum=0.9, weight_decay=5e-4)  # published code
 
 class PreActBlock(nn.Module):
-    """Two convolutions and a shortcut, which also follows the first BatchNorm and ReLU."""
+    """Two convolutions and a shortcut; both branches begin after the first BatchNorm, ReLU."""
 
     def __init__(self, in_channels, channels, stride):
         super().__init__()
@@ -582,7 +597,7 @@ class PreActBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.shortcut = nn.Identity()
         if stride != 1 or in_channels != channels:
-            # AvgPool2d takes every second pixel. A strided 1x1 convolution would do the same,
+            # AvgPool2d takes every stride'th one. A strided 1x1 convolution would do the same,
             # but its backward pass can write out of bounds on a CPU (torch 2.14).
             conv = nn.Conv2d(in_channels, channels, 1, bias=False)
             self.shortcut = nn.Sequential(nn.AvgPool2d(1, stride), conv)
@@ -603,6 +618,7 @@ class CoRegNet(nn.Module):
         layers += [nn.BatchNorm2d(width), nn.ReLU()]
         dim = width
         for channels in (width, 2 * width, 4 * width, 8 * width):
+            # Every stage halves the sides, but for the first one of images under 64 pixels.
             stride = 1 if channels == width and image_size < 64 else 2
             layers += [PreActBlock(dim, channels, stride), PreActBlock(channels, channels, 1)]
             dim = channels
@@ -620,7 +636,7 @@ class Learner:
     """One of the two networks with all that belongs to it alone.
 
     net, optimizer: the network. key_net, queue: for the contrast, see section 9.
-    losses: of the last epochs, [N] each; split: what split_data gave; see section 6.
+    losses: of the last epochs, [N] each; split: what split_data gave, see section 6.
     """
 
     def __init__(self, num_classes, cfg, device, bf16=False):
@@ -641,7 +657,7 @@ class Learner:
         return {name: term.detach() for name, term in terms.items()}
 
     def state(self):
-        """For a checkpoint; without key_net, since every epoch begins with a copy."""
+        """What a checkpoint keeps; not key_net, since every epoch makes it anew."""
         return {
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -658,8 +674,8 @@ class Learner:
         self.split = state["split"]
 
 # (5) Warm-up -------------------------------------------------------------------------------
-# "Supervised Training": each network by itself learns, on strong views, that its candidate set
-# as a whole should have probability 1. Negative entropy keeps it from learning wrong sets.
+# "Supervised Training": each network by itself learns, on strong views, that the labels of
+# a set together have probability 1. Eq. 2 keeps it unsure, lest it learn wrong sets by heart.
 
 def partial_cross_entropy(logits, candidates):
     """Eq. 1: mean of -log(sum_{k in S_i} p_ik + 1e-5). logits [B,K], S bool [B,K] -> scalar.
@@ -686,16 +702,14 @@ def random_batches(rows, batch_size):
 
 def mean_terms(steps):
     """Loss terms of all steps, a list of {name: scalar tensor} -> {name: mean, a float}."""
-    means = {}
-    for name in steps[0]:
-        means[name] = torch.stack([terms[name] for terms in steps]).mean().item()
-    return means
+    return {name: torch.stack([terms[name] for terms in steps]).mean().item()
+            for name in steps[0]}
 
 def warm_up_epoch(learner, data, cfg):
     """Eq. 3, the sum of both losses, on every image once -> means of the loss terms."""
     learner.net.train()
     rows = torch.arange(len(data), device=data.images.device)
-    batches = random_batches(rows, 2 * cfg.batch_size)  # 2: published code
+    batches = random_batches(rows, 2 * cfg.batch_size)  # twice: published code
     steps = []
     for batch in tqdm(batches, "warm-up", disable=None, leave=False):
         logits, _ = learner.net(data.strong(batch))
@@ -706,8 +720,8 @@ def warm_up_epoch(learner, data, cfg):
 # (6) GMM split -----------------------------------------------------------------------------
 # "Co-Pseudo-Labeling": before each later epoch both networks judge all sets. A set with the
 # true label is learnt early, so its loss is small. Two Gaussians are fitted to the losses; w_i
-# is the probability that loss i belongs to the lower one, that is, that set i is clean. Only
-# the published code has alignment, scaling and averaging, and all numbers.
+# is the probability that loss i belongs to the lower one, that is, that set i is clean. The
+# paper has no alignment, scaling, averaging or numbers; they are the published code's.
 
 MIXTURE_SETTINGS = dict(n_components=2, max_iter=10, tol=1e-2, reg_covar=5e-4)
 HISTORY_EPOCHS = 5
@@ -735,7 +749,7 @@ def clean_probability(loss_history):
     high = losses.amax(1, keepdim=True)  # [E,1]
     scaled = (losses - low) / (high - low).clamp_min(1e-12)  # 1e-12: where all are equal
     values = scaled.mean(0).cpu().numpy()[:, None]  # [N,1]
-    if not values.min() < values.max():
+    if not values.min() < values.max():  # all equal, or NaN
         return torch.zeros_like(losses[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ten rounds without convergence are normal here.
@@ -762,11 +776,11 @@ def balance_classes(clean_prob, losses, classes):
 def split_data(learner, data, cfg):
     """A network judges all sets -> aligned predictions [N,K], w [N]; notes learner.losses.
 
-    DIFFERS: aligned with the mean of this pass, not of a table that is partly an epoch old.
-    Where almost no set is clean, the tenth of lowest loss counts, since none would be a crash.
+    DIFFERS: the mean for the alignment is of this pass; published: partly an epoch old. If
+    hardly any set is clean, the tenth of lowest loss counts as clean, so that there are some.
     """
     learner.net.eval()
-    batches = torch.arange(len(data), device=data.images.device).split(512)
+    batches = torch.arange(len(data), device=data.images.device).split(512)  # to fit in memory
     logits = torch.cat([learner.net(data.weak(rows))[0] for rows in batches])
     probs = logits.softmax(1)  # [N,K]
     if cfg.ablate != "alignment":
@@ -798,14 +812,14 @@ MIXUP_ALPHA = 4.0
 RAMP_EPOCHS = 16
 
 def sharpen(probs, temperature):
-    """Eq. 7: normalise(p^(1/T)). probs [B,K] -> [B,K]; T below 1 makes labels surer."""
+    """Eq. 7: normalise(p^(1/temperature)), surer labels if that is below 1. [B,K] -> [B,K]."""
     return (probs.float().log() / temperature).softmax(1)
 
 def refine_labels(own_probs, partner_probs, candidates, clean_prob, temperature):
-    """Targets of clean samples, Eq. 6 and 7: sharpen(w r + (1-w) o). [B,K], w [B] -> [B,K].
+    """Targets of clean samples, Eq. 6 and 7: sharpen(w r + (1-w) own). [B,K], w [B] -> [B,K].
 
-    o: own_probs, the network's mean over both weak views. r: partner_probs within the set,
-    normalised (Eq. 5). w: clean_prob.
+    own: own_probs, the network's mean over both weak views. r: partner_probs within the set,
+    normalised (Eq. 5). w: clean_prob, which the partner gave.
     """
     inside = partner_probs.float().clamp_min(1e-12) * candidates  # 1e-12: where all underflow
     r = inside / inside.sum(1, keepdim=True)
@@ -832,8 +846,8 @@ def ramp_up(epoch, warm_up, length=RAMP_EPOCHS):
 def self_training_loss(logits_x, targets_x, logits_u, targets_u, weight_u):
     """Eq. 8: cross-entropy of clean rows + weight_u * mean squared error of unlabeled rows.
 
-    All [B,K] -> scalar; there may be no unlabeled rows. The paper sums the squared errors over
-    classes, the published code averages.
+    All [B,K] -> scalar; there may be no unlabeled rows. Squared errors are averaged
+    over classes (published code); the paper sums them.
     """
     loss_x = F.cross_entropy(logits_x.float(), targets_x.float())
     errors_u = (logits_u.float().softmax(1) - targets_u) ** 2
@@ -860,12 +874,13 @@ def update_prototypes(prototypes, embeddings, classes, momentum):
     return F.normalize(kept + weights.T @ embeddings.float())
 
 def prototype_loss(similarity_x, targets_x, similarity_u, targets_u, weight_u):
-    """Eq. 9 of mixed images: similarity z . o [B,K] and mixed targets [B,K] -> scalar.
+    """Eq. 9: KL(y || q) on clean rows, (q - y)^2 on unlabeled ones, up to constants -> scalar.
 
-    With q = softmax(similarity / tau) and the target y = lam a + (1-lam) b, the published code
-    has lam KL(a || q) + (1-lam) KL(b || q) on clean rows and lam (q - a)^2 + (1-lam) (q - b)^2
-    on unlabeled rows. DIFFERS: these are the cross-entropy of y and q, and (q - y)^2, but for
-    constants without gradient; so this is Eq. 8 on the logits similarity / tau.
+    similarity: z . o [B,K] of mixed images; q = softmax(similarity / tau); targets [B,K]: the
+    mixed ones, y = lam a + (1-lam) b. The published code has
+        lam KL(a || q) + (1-lam) KL(b || q)   = cross-entropy(y, q) + a constant,
+        lam (q - a)^2 + (1-lam) (q - b)^2     = (q - y)^2 + a constant.
+    DIFFERS: without the constants, which have no gradient, this is Eq. 8 on similarity / tau.
     """
     logits_x = similarity_x / PROTO_TEMPERATURE
     logits_u = similarity_u / PROTO_TEMPERATURE
@@ -892,7 +907,7 @@ class MomentumQueue:
         self.clean = torch.zeros(0, dtype=torch.bool, device=device)
 
     def push(self, keys, classes, clean):
-        """Makes new tensors, so that a loss of the old ones can still be differentiated."""
+        """Appends in new tensors: the backward pass still needs the old ones."""
         self.keys = torch.cat([self.keys, keys.detach().float()])[-self.size :]
         self.classes = torch.cat([self.classes, classes])[-self.size :]
         self.clean = torch.cat([self.clean, clean])[-self.size :]
@@ -911,7 +926,7 @@ def contrastive_masks(classes, clean, num_anchors):
     return positives, same_class & ~positives
 
 def supcon_loss(features, positives, ignored, temperature):
-    """Eq. 11: mean over anchors of the mean over positives of -log softmax(similarity / T).
+    """Eq. 11: mean over anchors of the mean over positives of -log softmax(. / temperature).
 
     features [M,D] of norm 1, the A anchors first; positives, ignored: bool [A,M]. An anchor is
     never contrasted with itself. DIFFERS: ignored entries are left out of a logsumexp in
@@ -934,13 +949,13 @@ def supcon_loss(features, positives, ignored, temperature):
 
 @torch.inference_mode()
 def predict(net, images, mean, std):
-    """Images uint8 [N,C,H,H] -> logits [N,K], in eval mode. mean, std [1,C,1,1]: see data."""
+    """Images uint8 [N,C,H,H] -> logits [N,K], in eval mode. mean, std: of WeakStrongImages."""
     net.eval()
     batches = images.to(mean.device).split(512)
     return torch.cat([net((batch / 255 - mean) / std)[0] for batch in batches])
 
 def accuracy(scores, labels):
-    """Percentage of rows [N,K] whose largest score is that of the label, int [N]."""
+    """Percentage of images whose label, int [N], has the largest score, [N,K]."""
     right = scores.argmax(1).cpu() == labels
     return 100 * right.float().mean().item()
 
@@ -976,7 +991,7 @@ def endless_batches(rows, batch_size):
 def co_train_epoch(learner, partner, prototypes, data, cfg, epoch):
     """A network learns for an epoch from the split of its partner -> means of the loss terms.
 
-    prototypes [K,D] change in place. epoch: how many are over, with those of the warm-up.
+    prototypes [K,D] change in place. epoch: from 0, the warm-up counted.
     """
     # Published code: every epoch the key encoder starts again as a copy of the network.
     # DIFFERS: BatchNorm's running statistics are copied, too, as a copy should have them.
@@ -1009,8 +1024,9 @@ def co_train_epoch(learner, partner, prototypes, data, cfg, epoch):
             # Labels of unlabeled samples: both networks on both weak views.
             targets_u = partner_probs[:0]
             if len(batch_u):
+                partner_logits, _ = partner.net(torch.cat([u_w1, u_w2]))
                 logits_u = [learner.net(u_w1)[0], learner.net(u_w2)[0]]
-                logits_u += [partner.net(u_w1)[0], partner.net(u_w2)[0]]
+                logits_u += partner_logits.chunk(2)
                 targets_u = guess_labels(torch.stack(logits_u).softmax(2), cfg.temperature)
 
             # Labels of clean samples: the partner within the set, mixed with the network.
@@ -1027,21 +1043,22 @@ def co_train_epoch(learner, partner, prototypes, data, cfg, epoch):
         if cfg.ablate == "mixup":
             lam = 1.0
         targets = torch.cat([targets_x, targets_x, targets_u, targets_u])
-        targets = mixup(targets, lam, permutation)  # [B,K]
+        targets = mixup(targets, lam, permutation)  # [2 B_x + 2 B_u, K]
         images = mixup(torch.cat([x_s1, x_s2, u_s1, u_s2]), lam, permutation)
 
         # Self-training, Eq. 8.
-        logits, embeddings = learner.net(images)  # [B,K], [B,D]
+        logits, embeddings = learner.net(images)
         weight_u = cfg.lambda_u * ramp_up(epoch + len(steps) / len(batches_x), cfg.warm_up)
         loss = self_training_loss(logits[:n], targets[:n], logits[n:], targets[n:], weight_u)
         terms = {"self": loss}
 
-        # Prototypes, Eq. 9 and 10: they move, then mixed images are aligned; no ramp.
+        # Prototypes, Eq. 10, then 9: the mixed images are aligned with them, without a ramp.
         if with_representation and cfg.ablate != "prototype":
             classes_x = targets_x.argmax(1)
-            moved = update_prototypes(prototypes, embeddings_w1, classes_x, cfg.momentum)
-            prototypes.copy_(moved)
-            similarity = embeddings @ moved.T  # [B,K]
+            prototypes.copy_(
+                update_prototypes(prototypes, embeddings_w1, classes_x, cfg.momentum)
+            )
+            similarity = embeddings @ prototypes.T
             proto_loss = prototype_loss(similarity[:n], targets[:n],
                                         similarity[n:], targets[n:], cfg.lambda_u)
             terms["prototype"] = cfg.proto_weight * proto_loss
@@ -1061,6 +1078,7 @@ def co_train_epoch(learner, partner, prototypes, data, cfg, epoch):
             queue = learner.queue
             all_classes = torch.cat([classes, classes, queue.classes])  # [M]
             all_clean = torch.cat([clean, clean, queue.clean])  # [M]
+            # M entries: the anchors, their own keys, the queue.
             features = torch.cat([queries, keys, queue.keys])  # [M,D]
             positives, ignored = contrastive_masks(all_classes, all_clean, len(queries))
             contrast = supcon_loss(features, positives, ignored, CONTRASTIVE_TEMPERATURE)
@@ -1075,13 +1093,16 @@ def cosine_lr(epoch, lr, period):
     low = lr / 1000
     return low + (lr - low) * (1 + math.cos(math.pi * min(epoch / period, 1))) / 2
 
-def train(learner_1, learner_2, prototypes, data, cfg, records, evaluate, save):
-    """Trains for the epochs that are left. Each appends a record and calls save()."""
+def train(learner_1, learner_2, prototypes, data, cfg, records, measure, save):
+    """Trains for the epochs that are left; each appends a record and calls save().
+
+    measure() -> the figures of evaluate(); save() writes the checkpoint.
+    """
     partner_1, partner_2 = learner_2, learner_1
     if cfg.ablate == "co-pl":
         partner_1, partner_2 = learner_1, learner_2
     print("epoch     phase       lr     loss  clean  seconds"
-          "  (test %: net 1, net 2, both; right*)")
+          "  (test %: net 1, net 2, both; clean sets right*)")
     for epoch in range(len(records), cfg.epochs):
         start = time.time()
         lr = cosine_lr(epoch, cfg.lr, cfg.lr_period or cfg.epochs)
@@ -1106,7 +1127,7 @@ def train(learner_1, learner_2, prototypes, data, cfg, records, evaluate, save):
         finite = all(weight.isfinite().all() for weight in weights)
         if not finite or not math.isfinite(sum(terms.values())):
             raise UserError(f"epoch {epoch + 1}: {terms} or weights not finite: lower --lr")
-        record.update(terms, loss=sum(terms.values()), **evaluate())
+        record.update(terms, loss=sum(terms.values()), **measure())
         record["seconds"] = time.time() - start
         records.append(record)
         save()
@@ -1137,7 +1158,7 @@ def pick_device(cfg):
     return device, False
 
 def write_whole(path, content):
-    """Writes bytes beside the file and then takes its name: it is never there by half."""
+    """Writes bytes to PATH.tmp and renames it, so that PATH is never half written."""
     try:
         neighbour = Path(f"{path}.tmp")
         neighbour.write_bytes(content)
@@ -1169,20 +1190,25 @@ def run(cfg):
     # Data and candidate sets.
     pairs, test_pairs, cfg.class_names = read_dataset(cfg)
     settings = json.dumps(dict(vars(cfg), resume=None, output_dir=None), indent=1)
+    # From here on cfg may name the run's own annotations; its file keeps what the user named.
     if annotations_path.exists() and cfg.resume:
         cfg.annotations = str(annotations_path)
     images, labels = read_images(pairs, cfg)
+    if len(images) < 2:
+        raise UserError(f"--data-dir {cfg.data_dir}: expected two images that can be read")
     test = read_images(test_pairs, cfg) if len(test_pairs) else None
-    print(f"{cfg.dataset}: {len(images)} training, {len(test_pairs)} test images, on {device}")
+    num_test = len(test[1]) if test else 0
+    print(f"{cfg.dataset}: {len(images)} training, {num_test} test images, on {device}")
     print(f"{len(cfg.class_names)} classes: {', '.join(cfg.class_names)}")
     print(f"results go to {folder}")
     probs = make_probs(cfg, pairs, images, labels, device)
     candidates = candidate_sets(probs, cfg.candidates)
     print(f"candidate sets: {candidates.sum(1).float().mean():.2f} labels on average")
     if labels.min() >= 0:
-        right = accuracy(probs.float().mean(0), labels)
+        clip_acc = accuracy(probs.float().mean(0), labels)
         print(f"sets without the true label*: {100 - coverage(candidates, labels):.2f} %")
-        print(f"the annotator, the mean of its templates, is right in*: {right:.2f} %")
+    if labels.min() >= 0 and not cfg.flip:
+        print(f"the annotator, the mean of its templates, is right in*: {clip_acc:.2f} %")
 
     # The state of training, new or from the checkpoint.
     torch.manual_seed(cfg.seed)
@@ -1224,8 +1250,10 @@ def run(cfg):
     else:
         train(*learners, prototypes, data, cfg, records,
               lambda: evaluate(learners, data, labels, test), save)
-    right = f"{records[-1]['test_acc']:.1f} % of test images right" if test else "finished"
-    print(f"result after epoch {len(records)}: {right}, files in {folder}")
+    result = "finished"
+    if "test_acc" in records[-1]:
+        result = f"{records[-1]['test_acc']:.1f} % of test images right"
+    print(f"result after epoch {len(records)}: {result}, files in {folder}")
 
 def load_classifier(folder, device="cpu"):
     """A run's folder -> class names, function: list of PIL images -> probabilities [n,K]."""
@@ -1250,7 +1278,8 @@ def main(argv=None):
         run(parse(argv))
         return 0
     except KeyboardInterrupt:
-        print("coreg.py: interrupted; --resume goes on after the last epoch", file=sys.stderr)
+        text = "coreg.py: interrupted; --resume goes on with a run that has begun to train"
+        print(text, file=sys.stderr)
         return 130
     except (UserError, OSError) as error:
         print("coreg.py:", " ".join(str(error).split()), file=sys.stderr)
@@ -1282,14 +1311,14 @@ class TinyCLIP:
         return torch.stack([TinyCLIP.preprocess(draw(prompt)) for prompt in prompts])
 
 def draw(prompt):
-    """"a wide number six" -> PIL image, 8 x 8 pixels."""
+    """A prompt such as 'a wide number six' -> PIL image, 8 x 8 pixels."""
     words = prompt.split()
     if words[-1] not in DIGITS:
         raise UserError(f"--clip-model tiny: expected 'a wide number six', got {prompt!r}")
     font = ImageFont.load_default_imagefont()  # made of few pixels
     if "printed" in words:
         font = ImageFont.load_default(30)  # made of outlines
-    width = {"narrow": 16, "wide": 30}.get(words[1], 20)
+    width = 16 if "narrow" in words else 30 if "wide" in words else 20
     degrees = -15.0 if "slanted" in words else 0.0
     image = Image.new("L", (64, 64))
     digit = str(DIGITS.index(words[-1]))

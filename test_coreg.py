@@ -142,7 +142,6 @@ def test_parse_puts_the_home_folder_for_a_tilde(monkeypatch):
     assert paths == ["/home/me/photos", "/home/me/run", "/home/me/a"]
 
 # (1) Data sets -----------------------------------------------------------------------------
-
 def write(path, content):
     """An image, as PNG whatever the suffix, or bytes -> file, and the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
