@@ -116,7 +116,7 @@ def test_parse_takes_the_settings_of_the_data_set(name):
     ("--ablate gmm", "--ablate"), ("--batch-size 1", "--batch-size"), ("--seed -1", "--seed"),
 ])
 def test_parse_refuses_a_bad_word_and_names_the_flag(words, flag, capsys):
-    write(Path("run/config.json"), b"{}")
+    write(Path("run/config.json"), b'{"dataset": "digits"}')
     before = contents()
     with pytest.raises(SystemExit, match="^2$"):
         C.main(words.split())
