@@ -243,8 +243,9 @@ def find_images(root):
         for name in names:
             path = Path(parent, name)
             if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."):
-                top, *_ = path.parent.relative_to(root).parts or [""]
-                found.setdefault(os.path.realpath(path), (str(path), tidy(top)))
+                parts = path.relative_to(root).parts
+                folder = tidy(parts[0]) if len(parts) > 1 else ""
+                found.setdefault(os.path.realpath(path), (str(path), folder))
     return sorted(found.values())
 
 def tidy(name):
