@@ -47,8 +47,8 @@ from tqdm import tqdm
 # Endings of names: _x clean samples, _u unlabeled samples, _w1 _w2 weak views, _s1 _s2 strong.
 
 # (0) Settings ------------------------------------------------------------------------------
-# A setting is a flag. Its value is that of the command line, or else of the run to resume, or
-# else of the data set's preset (section 1), or else the default below (the paper's, CIFAR-10).
+# A setting is a flag. The command line comes first, then the run to resume, then the data
+# set's preset (section 1), then the default below, which is the paper's for CIFAR-10.
 
 class UserError(Exception):
     """A mistake that the user can mend: main() prints it in one line and returns 2."""
@@ -66,7 +66,7 @@ def number(kind, low, high=1e9):
     return number_in_range
 
 def parse(argv):
-    """Words of the command line -> settings. An error ends the program, code 2."""
+    """Words of the command line -> settings. Errors: SystemExit 2; of --resume, UserError."""
     usage = "coreg.py [--flag value ...]; coreg.py --help shows all flags"
     parser = argparse.ArgumentParser("coreg.py", usage, add_help=False, allow_abbrev=False)
 
@@ -111,13 +111,14 @@ def parse(argv):
     flag("--ablate", None, str, "leave out; supcon: clean flags of Eq. 11", choices=parts)
     flag("--seed", 0, count, "of networks, order of images, views, flips")
     flag("--device", "auto", str, "cpu, cuda, cuda:N or mps")
-    flag("--precision", "auto", str, "of convolutions", choices=["auto", "bf16", "fp32"])
+    flag("--precision", "auto", str, "of convolutions; fp32 may be TF32",
+         choices=["auto", "bf16", "fp32"])
     flag("--output-dir", None, path, "default: runs/DATASET-seedN-DATE-TIME")
     flag("--resume", None, path, "folder of a run to go on with")
     parser.add_argument("--balance", action="store_true", help="equal clean share per class")
 
-    # A first pass reads --dataset and --resume. They set the defaults, which --help, added
-    # after it, shows.
+    # The first pass reads --dataset and --resume, which set the defaults of the second.
+    # --help is added only then, so that it shows these defaults.
     chosen, _ = parser.parse_known_args(argv)
     parser.set_defaults(**vars(parser.parse_args(PRESETS[chosen.dataset].split())))
     if chosen.resume:
@@ -148,7 +149,7 @@ def parse(argv):
 # image, label), mostly torchvision's; the label -1 means that nobody knows it.
 
 def phrases(text, pattern="{}"):
-    """'a; b' -> ['a', 'b'], each in place of the pattern's {}; its {{}} becomes {}."""
+    """'a; b' -> [pattern.format('a'), pattern.format('b')]."""
     return [pattern.format(phrase.strip()) for phrase in text.split(";")]
 
 SMALL = """a photo of a {}; a rendering of a {}; a cropped photo of the {}; the photo of a {};
@@ -185,7 +186,7 @@ CLASS_NAMES = {  # The other data sets bring their names with them.
 }
 GREY = "--channels 1 --operations 0"
 LARGE = "--epochs 100 --image-size 64"
-PRESETS = {  # pieces of command line; of the published code, but for digits and folder
+PRESETS = {  # flags, as in the published code; those of digits and folder are this file's own
     "digits": f"{GREY} --mirror 0 --cutout 0 0.33 0.5 --clip-model tiny --templates digits"
     " --image-size 8 --width 16 --epochs 20 --warm-up 8 --start-contrastive 1 --batch-size 64"
     " --lr 0.05 --lr-period 0 --momentum 0.99 --queue-size 1024 --precision fp32",
@@ -219,7 +220,7 @@ def open_image(path):
     try:
         image = Image.open(path)
         image.load()
-        if image.mode.startswith(("I", "F")):  # Conversion would clip these to white.
+        if image.mode.startswith(("I", "F")):  # RGB would clip them to white.
             raise ValueError(f"its mode is {image.mode}, not of 8 bits a channel")
     except Exception as error:  # A broken file makes Pillow raise nearly any kind of error.
         raise UserError(f"{path}: expected an image that can be read, but {error}") from error
@@ -317,8 +318,8 @@ def read_dataset(cfg):
             raise UserError(f"--data-dir {root}: no {cfg.dataset} there: {error}") from error
         names = CLASS_NAMES.get(cfg.dataset) or train.classes
 
-    # One order, whatever --seed, chooses the held-out fifth (published code, for EuroSAT and
-    # FER2013) and --num-samples.
+    # This order is the same for every --seed. Its last fifth is held out if there is no test
+    # part (published code, for EuroSAT and FER2013); --num-samples takes its first images.
     rows = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
     if test is None:
         num_train = round(0.8 * len(rows))
@@ -490,15 +491,16 @@ def make_probs(cfg, pairs, images, labels, device):
 # All random numbers come from the CPU's generator, so that a resumed run goes on exactly.
 
 def crop_and_mirror(images, mirror):
-    """Moves each of [B,C,H,H] by up to 1/8 of its side, black beyond; may mirror half."""
+    """Shifts [B,C,H,H] by up to 1/8 of the side, black beyond; may mirror half the images."""
     count, _, side, _ = images.shape
     most = round(side / 8)
-    theta = torch.zeros(count, 2, 3)  # A view shows at (x, y) what was at theta (x, y, 1).
+    # A view shows at (x, y) what was at theta (x, y, 1); x and y run from -1 to 1.
+    theta = torch.zeros(count, 2, 3)
     theta[:, 0, 0] = 1
     theta[:, 1, 1] = 1
     if mirror:
         theta[torch.rand(count) < 0.5, 0, 0] = -1
-    theta[:, :, 2] = torch.randint(-most, most + 1, (count, 2)) * 2 / side  # the side is -1..1
+    theta[:, :, 2] = torch.randint(-most, most + 1, (count, 2)) * 2 / side
     grid = F.affine_grid(theta.to(images.device), images.shape, align_corners=False)
     return F.grid_sample(images, grid, "nearest", align_corners=False)
 
@@ -598,7 +600,7 @@ class PreActBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.shortcut = nn.Identity()
         if stride != 1 or in_channels != channels:
-            # AvgPool2d takes every stride'th one. A strided 1x1 convolution would do the same,
+            # AvgPool2d keeps every stride'th pixel. A strided 1x1 convolution does so, too,
             # but its backward pass can write out of bounds on a CPU (torch 2.14).
             conv = nn.Conv2d(in_channels, channels, 1, bias=False)
             self.shortcut = nn.Sequential(nn.AvgPool2d(1, stride), conv)
@@ -637,7 +639,7 @@ class Learner:
     """One of the two networks with all that belongs to it alone.
 
     net, optimizer: the network. key_net, queue: for the contrast, see section 9.
-    losses: of the last epochs, [N] each; split: what split_data gave, see section 6.
+    losses: of the last epochs, [N] each. split: predictions [N,K] and w [N], see section 6.
     """
 
     def __init__(self, num_classes, cfg, device, bf16=False):
@@ -689,7 +691,7 @@ def partial_cross_entropy(logits, candidates):
     return losses.sum() / is_partial.sum().clamp_min(1)
 
 def negative_entropy(logits):
-    """Eq. 2: the mean over i of sum_k p_ik log p_ik. logits [B,K] -> scalar, 0 or less."""
+    """Eq. 2: mean of sum_k p_ik log p_ik; lower is less sure. logits [B,K] -> scalar <= 0."""
     log_probs = logits.float().log_softmax(1)
     return (log_probs.exp() * log_probs).sum(1).mean()
 
@@ -707,7 +709,7 @@ def mean_terms(steps):
             for name in steps[0]}
 
 def warm_up_epoch(learner, data, cfg):
-    """Eq. 3, the sum of both losses, on every image once -> means of the loss terms."""
+    """An epoch of Eq. 3, the sum of both losses -> means of the loss terms."""
     learner.net.train()
     rows = torch.arange(len(data), device=data.images.device)
     batches = random_batches(rows, 2 * cfg.batch_size)  # twice: published code
@@ -722,12 +724,12 @@ def warm_up_epoch(learner, data, cfg):
 # "Co-Pseudo-Labeling": before each later epoch both networks judge all sets. A set with the
 # true label is learnt early, so its loss is small. Two Gaussians are fitted to the losses; w_i
 # is the probability that loss i belongs to the lower one, that is, that set i is clean. The
-# paper has no alignment, scaling, averaging or numbers; they are the published code's.
+# paper does not mention alignment, scaling, averaging and the numbers below (published code).
 
 MIXTURE_SETTINGS = dict(n_components=2, max_iter=10, tol=1e-2, reg_covar=5e-4)
 HISTORY_EPOCHS = 5
 CLEAN_THRESHOLD = 0.5  # A set is clean if its w is above this.
-MAX_LOSS = 88.0  # about -log of the least float32
+MAX_LOSS = 88.0  # about -log of the least normal float32
 
 def align_distribution(probs, mean_probs, prior):
     """p <- normalise(p * prior / mean p). probs [B,K], mean_probs [K], prior [K] -> [B,K]."""
@@ -743,7 +745,7 @@ def max_candidate_loss(probs, candidates):
 def clean_probability(loss_history):
     """Losses [E,N], newest last -> w [N], the posterior of the component with the lower mean.
 
-    Losses are scaled to 0..1 in each epoch, and the last epochs averaged. All equal: w is 0.
+    Each epoch's losses are scaled to 0..1, the last epochs' averaged. Equal ones give w = 0.
     """
     losses = loss_history[-HISTORY_EPOCHS:].float().clamp_max(MAX_LOSS)
     low = losses.amin(1, keepdim=True)  # [E,1]
@@ -762,7 +764,7 @@ def balance_classes(clean_prob, losses, classes):
     """w [N] -> w [N] by which the same share of every class is clean, those of lowest loss.
 
     losses [N]; classes int [N], the likeliest label within each set. DIFFERS (with --balance):
-    one mixture can drop a hard class whole, and what is not trained on does not come back.
+    one mixture can call no image of a hard class clean, and the class is then not learnt.
     """
     num_clean = (clean_prob > CLEAN_THRESHOLD).sum().item()
     balanced = torch.zeros_like(clean_prob)
@@ -777,8 +779,8 @@ def balance_classes(clean_prob, losses, classes):
 def split_data(learner, data, cfg):
     """A network judges all sets -> aligned predictions [N,K], w [N]; notes learner.losses.
 
-    DIFFERS: the mean for the alignment is of this pass; published: partly an epoch old. If
-    hardly any set is clean, the tenth of lowest loss counts as clean, so that there are some.
+    DIFFERS: the alignment divides by this pass's mean; the published code's is partly an epoch
+    old. And if hardly any set is clean, the tenth of lowest loss counts as clean.
     """
     learner.net.eval()
     batches = torch.arange(len(data), device=data.images.device).split(512)  # to fit in memory
@@ -805,9 +807,9 @@ def split_data(learner, data, cfg):
     return probs, clean_prob
 
 # (7) Co-pseudo-labeling, sharpening, mixup -------------------------------------------------
-# A clean sample keeps its set: its target mixes the partner's prediction within the set,
-# weighted w, with the network's own, weighted 1 - w. The target of an unlabeled sample is the
-# mean of both networks. Mixup, its Beta(4,4) and the ramp are only in the published code.
+# The target of a clean sample is w times the partner's prediction within the set, plus 1 - w
+# times the network's own over all classes. The target of an unlabeled sample is the mean of
+# both networks. Mixup, its Beta(4,4) and the ramp are only in the published code.
 
 MIXUP_ALPHA = 4.0
 RAMP_EPOCHS = 16
@@ -820,7 +822,7 @@ def refine_labels(own_probs, partner_probs, candidates, clean_prob, temperature)
     """Targets of clean samples, Eq. 6 and 7: sharpen(w r + (1-w) own). [B,K], w [B] -> [B,K].
 
     own: own_probs, the network's mean over both weak views. r: partner_probs within the set,
-    normalised (Eq. 5). w: clean_prob, which the partner gave.
+    normalised (Eq. 5). w: clean_prob, from the partner's split.
     """
     inside = partner_probs.float().clamp_min(1e-12) * candidates  # 1e-12: where all underflow
     r = inside / inside.sum(1, keepdim=True)
@@ -864,8 +866,8 @@ PROTO_TEMPERATURE = 0.3  # tau, published code
 def update_prototypes(prototypes, embeddings, classes, momentum):
     """Eq. 10: o_k <- m o_k + (1-m) z for each z of class k in turn; then norm 1 -> [K,D].
 
-    prototypes [K,D], embeddings [B,D], classes int [B]. For all n embeddings of a class at
-    once: m^n o_k + the sum of (1-m) m^j z, where j others of the class come after z.
+    prototypes [K,D], embeddings [B,D], classes int [B]. The n steps of a class make, at once,
+    m^n o_k + sum of (1-m) m^j z, where j is how many z of the class come later.
     """
     belongs = F.one_hot(classes, len(prototypes)).float()  # [B,K]
     n = belongs.sum(0)  # [K]
@@ -888,10 +890,10 @@ def prototype_loss(similarity_x, targets_x, similarity_u, targets_u, weight_u):
     return self_training_loss(logits_x, targets_x, logits_u, targets_u, weight_u)
 
 # (9) MoCo queue, noisy supervised contrastive loss -----------------------------------------
-# "Noisy Contrastive Learning": each embedding of a strong view, an anchor, is contrasted with
-# all anchors, with keys, which a slowly moving copy of the network (the key encoder) makes of
-# other strong views, and with a queue of earlier keys. It is pulled to entries of its
-# pseudo-class where both are clean, and to its own key; others of its class are ignored.
+# "Noisy Contrastive Learning". An anchor is the embedding of an image's first strong view. Its
+# key is that of the second, by a slowly moving copy of the network. An anchor is contrasted
+# with all anchors, keys and earlier keys (the queue). It is pulled to its own key, and to
+# entries of its pseudo-class if both are clean; the others of its class are ignored.
 
 CONTRASTIVE_TEMPERATURE = 0.07  # published code
 
@@ -945,8 +947,8 @@ def supcon_loss(features, positives, ignored, temperature):
     return -(sums / positives.sum(1).clamp_min(1)).mean()
 
 # (10) Evaluation ---------------------------------------------------------------------------
-# The prediction is the class with the largest sum of both networks' logits. True labels are
-# used here, for figures in the log, and nowhere in training; * marks those of training images.
+# The prediction is the class with the largest sum of both networks' logits. Training sees no
+# true labels, unless --flip makes the sets of them. Figures with * need the training images'.
 
 @torch.inference_mode()
 def predict(net, images, mean, std):
@@ -985,7 +987,7 @@ def evaluate(learners, data, labels, test):
 # split of network 2, and network 2 on that of network 1.
 
 def endless_batches(rows, batch_size):
-    """Batches of rows without end, in a new order each time around; of no rows, empty ones."""
+    """Batches without end, in a new order each round; of fewer than 2 rows, empty ones."""
     while True:
         yield from random_batches(rows, batch_size) or [rows[:0]]
 
@@ -998,15 +1000,15 @@ def co_train_epoch(learner, partner, prototypes, data, cfg, epoch):
     # DIFFERS: BatchNorm's running statistics are copied, too, as a copy should have them.
     learner.key_net.load_state_dict(learner.net.state_dict())
     partner.net.eval()
-    learner.net.train()  # in this order: with --ablate co-pl the learner is its own partner
+    learner.net.train()  # after eval(): with --ablate co-pl both are the same network
     learner.key_net.train()
     partner_probs, clean_prob = partner.split
     rows_x = (clean_prob > CLEAN_THRESHOLD).nonzero().flatten()
     rows_u = (clean_prob <= CLEAN_THRESHOLD).nonzero().flatten()
     if cfg.ablate == "unlabeled":
         rows_u = rows_u[:0]
-    # ">" and not ">=": published code. DIFFERS: before Eq. 9-11 count they are not computed,
-    # to save time, and prototypes and queue do not move.
+    # Are Eq. 9-11 used yet? ">" and not ">=": published code. DIFFERS: until then they are not
+    # computed, to save time, so prototypes and queue stay as they were.
     with_representation = epoch > cfg.warm_up + cfg.start_contrastive
 
     batches_x = random_batches(rows_x, cfg.batch_size)
@@ -1028,7 +1030,8 @@ def co_train_epoch(learner, partner, prototypes, data, cfg, epoch):
                 partner_logits, _ = partner.net(torch.cat([u_w1, u_w2]))
                 logits_u = [learner.net(u_w1)[0], learner.net(u_w2)[0]]
                 logits_u += partner_logits.chunk(2)
-                targets_u = guess_labels(torch.stack(logits_u).softmax(2), cfg.temperature)
+                probs_u = torch.stack(logits_u).softmax(2)  # [V,B,K], V = 4
+                targets_u = guess_labels(probs_u, cfg.temperature)
 
             # Labels of clean samples: the partner within the set, mixed with the network.
             logits_w1, embeddings_w1 = learner.net(x_w1)
@@ -1053,12 +1056,11 @@ def co_train_epoch(learner, partner, prototypes, data, cfg, epoch):
         loss = self_training_loss(logits[:n], targets[:n], logits[n:], targets[n:], weight_u)
         terms = {"self": loss}
 
-        # Prototypes, Eq. 10, then 9: the mixed images are aligned with them, without a ramp.
+        # Prototypes: weak views move them (Eq. 10), mixed images learn them (Eq. 9; no ramp).
         if with_representation and cfg.ablate != "prototype":
             classes_x = targets_x.argmax(1)
-            prototypes.copy_(
-                update_prototypes(prototypes, embeddings_w1, classes_x, cfg.momentum)
-            )
+            moved = update_prototypes(prototypes, embeddings_w1, classes_x, cfg.momentum)
+            prototypes.copy_(moved)
             similarity = embeddings @ prototypes.T
             proto_loss = prototype_loss(similarity[:n], targets[:n],
                                         similarity[n:], targets[n:], cfg.lambda_u)
@@ -1077,9 +1079,9 @@ def co_train_epoch(learner, partner, prototypes, data, cfg, epoch):
             if cfg.ablate == "supcon":
                 clean[:] = True
             queue = learner.queue
+            # The M entries: the anchors, their own keys, the queue.
             all_classes = torch.cat([classes, classes, queue.classes])  # [M]
             all_clean = torch.cat([clean, clean, queue.clean])  # [M]
-            # M entries: the anchors, their own keys, the queue.
             features = torch.cat([queries, keys, queue.keys])  # [M,D]
             positives, ignored = contrastive_masks(all_classes, all_clean, len(queries))
             contrast = supcon_loss(features, positives, ignored, CONTRASTIVE_TEMPERATURE)
@@ -1191,7 +1193,7 @@ def run(cfg):
     # Data and candidate sets.
     pairs, test_pairs, cfg.class_names = read_dataset(cfg)
     settings = json.dumps(dict(vars(cfg), resume=None, output_dir=None), indent=1)
-    # From here on cfg may name the run's own annotations; its file keeps what the user named.
+    # A resumed run reads its own annotations; config.json keeps the name that the user gave.
     if annotations_path.exists() and cfg.resume:
         cfg.annotations = str(annotations_path)
     images, labels = read_images(pairs, cfg)
@@ -1206,9 +1208,9 @@ def run(cfg):
     candidates = candidate_sets(probs, cfg.candidates)
     print(f"candidate sets: {candidates.sum(1).float().mean():.2f} labels on average")
     if labels.min() >= 0:
-        clip_acc = accuracy(probs.float().mean(0), labels)
         print(f"sets without the true label*: {100 - coverage(candidates, labels):.2f} %")
     if labels.min() >= 0 and not cfg.flip:
+        clip_acc = accuracy(probs.float().mean(0), labels)
         print(f"the annotator, the mean of its templates, is right in*: {clip_acc:.2f} %")
 
     # The state of training, new or from the checkpoint.
@@ -1257,7 +1259,7 @@ def run(cfg):
     print(f"result after epoch {len(records)}: {result}, files in {folder}")
 
 def load_classifier(folder, device="cpu"):
-    """A run's folder -> class names, function: list of PIL images -> probabilities [n,K]."""
+    """A run's folder -> class names, function: list of 8-bit PIL images -> probs [n,K]."""
     cfg = parse(["--resume", str(folder)])
     learners = [Learner(len(cfg.class_names), cfg, device) for _ in range(2)]
     checkpoint = restore(learners, Path(folder), device)
@@ -1274,7 +1276,7 @@ def load_classifier(folder, device="cpu"):
     return cfg.class_names, classify
 
 def main(argv=None):
-    """Command line -> exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    """Command line -> exit code: 0, 2 (the user can mend it), 130 (Ctrl-C); or SystemExit."""
     try:
         run(parse(argv))
         return 0
@@ -1293,7 +1295,7 @@ def main(argv=None):
 # labels, so that the sets are neither right nor useless.
 
 class TinyCLIP:
-    """What annotate() needs of a CLIP, without weights."""
+    """What annotate() needs of a CLIP, without weights; it always normalizes."""
 
     logit_scale = torch.tensor(20.0).log()
 
