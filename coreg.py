@@ -989,7 +989,10 @@ def evaluate(learners, data, labels, test):
 def endless_batches(rows, batch_size):
     """Batches without end, in a new order each round; of fewer than 2 rows, empty ones."""
     while True:
-        yield from random_batches(rows, batch_size) or [rows[:0]]
+        batches = random_batches(rows, batch_size)
+        if not batches:
+            yield rows[:0]
+        yield from batches
 
 def co_train_epoch(learner, partner, prototypes, data, cfg, epoch):
     """A network learns for an epoch from the split of its partner -> means of the loss terms.
