@@ -87,7 +87,7 @@ def parse(argv):
     flag("--channels", 3, int, "1: grey, 3: colour", choices=[1, 3])
     flag("--mirror", 1, int, "mirror views; 0 for text, digits, signs", choices=[0, 1])
     flag("--operations", 1, int, "RandAugment's, in strong views", choices=[0, 1])
-    flag("--cutout", [0, 0.5, 0.5], share, "its side, least and most; its grey value", nargs=3)
+    flag("--cutout", [0, 0.5], share, "least and most of the side; grey value: 0.5", nargs="+")
     flag("--annotations", None, path, "an .npz with probs [T,N,K], in place of CLIP")
     flag("--clip-model", "ViT-B-32-quickgelu", str, "a model of open_clip; or tiny")
     flag("--clip-pretrained", "openai", str, "open_clip's tag of the weights, or a file")
@@ -135,6 +135,8 @@ def parse(argv):
     cfg = parser.parse_args(argv)
     if cfg.warm_up > cfg.epochs:
         parser.error(f"--warm-up {cfg.warm_up} is more than --epochs {cfg.epochs}: set both")
+    if len(cfg.cutout) not in (2, 3):
+        parser.error("--cutout: expected two or three numbers")
     if chosen.flip and chosen.annotations:
         parser.error("--flip and --annotations: expected one of them")
     if cfg.classes and cfg.dataset != "folder":
@@ -541,7 +543,7 @@ def random_operation(images):
             changed[rows] = operation(images[rows])
     return changed.clamp(0, 1)
 
-def cutout(images, smallest, largest, value):
+def cutout(images, smallest, largest, value=0.5):
     """Sets a square anywhere to value; its side is smallest to largest times the image's.
 
     DIFFERS: grey, and cut off at the edges, for plain code; in the published code it has the

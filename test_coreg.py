@@ -85,7 +85,7 @@ PAPER = {  # the settings of the published run on CIFAR-10
     "temperature": 0.5, "lambda_u": 1, "proto_weight": 0.1, "contrastive_weight": 0.1,
     "momentum": 0.999, "queue_size": 8192, "candidates": "multi_prompt", "templates": "small",
     "clip_model": "ViT-B-32-quickgelu", "clip_pretrained": "openai", "mirror": 1,
-    "operations": 1, "cutout": [0, 0.5, 0.5], "balance": False, "ablate": None, "flip": None,
+    "operations": 1, "cutout": [0, 0.5], "balance": False, "ablate": None, "flip": None,
 }
 GREY = {"channels": 1, "operations": 0, "epochs": 100}
 DIFFERENCES = {
@@ -107,8 +107,8 @@ def test_parse_takes_the_settings_of_the_data_set(name):
 
 @pytest.mark.parametrize("words, flag", [
     ("--epochs 0", "--epochs"), ("--epochs ten", "--epochs"), ("--lr nan", "--lr"),
-    ("--lr inf", "--lr"), ("--lr -0.1", "--lr"), ("--momentum 7", "--momentum"),
-    ("--flip 30 10", "--flip"), ("--cutout 16 16 0", "--cutout"), ("--epoch 3", "--epoch 3"),
+    ("--lr inf", "--lr"), ("--cutout 0.5", "--cutout"), ("--momentum 7", "--momentum"),
+    ("--flip 30 10", "--flip"), ("--cutout 16 16", "--cutout"), ("--epoch 3", "--epoch 3"),
     ("--warm-up 30 --epochs 10", "--warm-up"), ("--epochs 2", "--warm-up"),
     ("--flip 0.1 0.1 --annotations a.npz", "--annotations"), ("--classes a,b", "--classes"),
     ("--resume run --output-dir other", "--resume"), ("--num-samples 1", "--num-samples"),
