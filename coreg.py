@@ -124,7 +124,7 @@ def parse(argv):
     if chosen.resume:
         try:
             saved = json.loads(Path(chosen.resume, "config.json").read_text())
-            chosen.dataset = saved["dataset"]
+            chosen.dataset = saved["dataset"]  # KeyError: other JSON than a run's settings
         except (OSError, ValueError, TypeError, KeyError) as error:
             text = "expected a run's folder, with a whole config.json"
             raise UserError(f"--resume {chosen.resume}: {text}: {error!r}") from error
@@ -141,7 +141,8 @@ def parse(argv):
         parser.error("--flip and --annotations: expected one of them")
     if cfg.classes and cfg.dataset != "folder":
         parser.error("--classes: expected --dataset folder beside it")
-    kept = "annotations flip templates clip_model clip_pretrained seed output_dir".split()
+    kept = ["annotations", "flip", "candidates", "templates", "clip_model", "clip_pretrained"]
+    kept += ["seed", "output_dir"]
     if chosen.resume and any(getattr(cfg, name) != saved.get(name) for name in kept):
         parser.error(f"--resume: a run keeps {', '.join(kept)}: leave these flags out")
     return cfg
