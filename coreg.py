@@ -1110,8 +1110,7 @@ def train(learner_1, learner_2, prototypes, data, cfg, records, measure, save):
     partner_1, partner_2 = learner_2, learner_1
     if cfg.ablate == "co-pl":
         partner_1, partner_2 = learner_1, learner_2
-    print("epoch     phase       lr     loss  clean  seconds"
-          "  (test %: net 1, net 2, both; clean sets right*)")
+    print("epoch    phase    loss clean seconds  (test %; clean sets right*, %)")
     for epoch in range(len(records), cfg.epochs):
         start = time.time()
         lr = cosine_lr(epoch, cfg.lr, cfg.lr_period or cfg.epochs)
@@ -1140,9 +1139,9 @@ def train(learner_1, learner_2, prototypes, data, cfg, records, measure, save):
         record["seconds"] = time.time() - start
         records.append(record)
         save()
-        line = "{epoch:5} {phase:>9} {lr:8.5f} {loss:8.4f} {clean:6.0f} {seconds:8.1f}"
-        names = ("test_acc_net1", "test_acc_net2", "test_acc", "split_precision")
-        figures = [f"{record[name]:6.1f}" for name in names if name in record]
+        line = "{epoch:5} {phase:>8} {loss:7.4f} {clean:5.0f} {seconds:7.1f}"
+        names = ("test_acc", "split_precision")
+        figures = [f"{record[name]:5.1f}" for name in names if name in record]
         print(line.format(**record), *figures, flush=True)
 
 # (12) The run: files, command line ---------------------------------------------------------

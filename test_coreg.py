@@ -1235,10 +1235,6 @@ def make_setting(module, args, words, images):
     learners[1].split = split
     prototypes = torch.zeros(10, 128, device=device)
     epoch = cfg.warm_up + args.representation * (cfg.start_contrastive + 1)
-    if hasattr(module, "Views"):  # the version before this one
-        views = module.Views(images, **module.DATASETS[cfg.dataset].views)
-        inputs = (*learners, split, prototypes, images, candidates, views, cfg, epoch)
-        return learners, None, lambda: module.co_train_epoch(*inputs)
     data = module.WeakStrongImages(images, candidates, cfg)
     inputs = (*learners, prototypes, data, cfg, epoch)
     return learners, data, lambda: module.co_train_epoch(*inputs)
@@ -1262,16 +1258,18 @@ def benchmark():
     images = make_pictures(max(args.images, 256), cfg.channels, cfg.image_size)
     learners, data, co_train = make_setting(C, args, words, images)
 
-    def predict(num_images):
-        for learner in learners:
+    def predict(num_images, num_networks):
+        for learner in learners[:num_networks]:
             C.predict(learner.net, images[:num_images], data.mean, data.std)
 
     functions = {
-        "co_train_epoch": co_train,
-        "split_data": lambda: C.split_data(learners[0], data, cfg),
-        "warm_up_epoch": lambda: C.warm_up_epoch(learners[0], data, cfg),
-        "prediction, 1 image, both networks": lambda: predict(1),
-        "prediction, 256 images, both networks": lambda: predict(256),
+        "co_train_epoch, one network": co_train,
+        "split_data, one network": lambda: C.split_data(learners[0], data, cfg),
+        "warm_up_epoch, one network": lambda: C.warm_up_epoch(learners[0], data, cfg),
+        "prediction, 1 image, one network": lambda: predict(1, 1),
+        "prediction, 1 image, both networks": lambda: predict(1, 2),
+        "prediction, 256 images, one network": lambda: predict(256, 1),
+        "prediction, 256 images, both networks": lambda: predict(256, 2),
     }
     if args.old:
         spec = importlib.util.spec_from_file_location("old_coreg", args.old)
@@ -1289,9 +1287,10 @@ def benchmark():
                 torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
     seconds = {name: statistics.median(values[1:]) for name, values in times.items()}
+    one_epoch = seconds["co_train_epoch, one network"]
     result = vars(args) | {
-        "clean images per second": args.clean / seconds["co_train_epoch"],
-        "ratio to --old": args.old and seconds["co_train_epoch"] / seconds["old"],
+        "clean images per second": args.clean / one_epoch,
+        "ratio to --old": args.old and one_epoch / seconds["old"],
         "seconds": seconds,
     }
     print(json.dumps(result, indent=1))
