@@ -1140,9 +1140,10 @@ def train(learner_1, learner_2, prototypes, data, cfg, records, measure, save):
         records.append(record)
         save()
         line = "{epoch:5} {phase:>8} {loss:7.4f} {clean:5.0f} {seconds:7.1f}"
-        names = ("test_acc", "split_precision")
-        figures = [f"{record[name]:5.1f}" for name in names if name in record]
-        print(line.format(**record), *figures, flush=True)
+        line = line.format(**record)
+        for name in ("test_acc", "split_precision"):
+            line += f" {record[name]:5.1f}" if name in record else " " * 6
+        print(line.rstrip(), flush=True)
 
 # (12) The run: files, command line ---------------------------------------------------------
 # A run's folder holds config.json (its settings), annotations.npz (P and what it was made of),
