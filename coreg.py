@@ -5,16 +5,16 @@ CLIP labels every image once per prompt template. These labels are the image's c
 which may lack the true one. Two networks clean the sets for each other: the method
 of "Pre-Trained Vision-Language Models as Partial Annotators" (arXiv 2406.18550, AAAI 2025).
 
-    python coreg.py                     # handwritten digits and a tiny CLIP, no download
+    python coreg.py                     # digits; a stand-in for CLIP, section 13; no download
     python coreg.py --dataset cifar10   # the paper's setting, with OpenAI's CLIP ViT-B/32
 
 "Eq. 5" is an equation of the AAAI paper. "Published code": found in the authors' code, not in
-the paper. "DIFFERS": this file departs from that code, with the reason.
+the paper. "DIFFERS": this file departs from that code, and why. Contents: grep "^# (" coreg.py
 """
 
 import argparse
+import contextlib
 import copy
-import functools
 import io
 import json
 import math
@@ -26,6 +26,8 @@ import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tarfile import TarError
+from zipfile import BadZipFile
 
 import numpy as np
 import open_clip
@@ -38,32 +40,28 @@ from sklearn.mixture import GaussianMixture
 from torch import nn
 from torch.utils.data import Subset
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-# Shapes in comments: N images, K classes, T prompt templates, B a batch, V views of an image,
-# C channels, H side of an image, D embedding, E epochs; A and M: section 9.
-# Endings of names: _x clean samples, _u unlabeled samples, _w1 _w2 weak views, _s1 _s2 strong.
+# Shapes in comments: N images, K classes, T prompt templates, B a batch, n some of N or B,
+# V views, C channels, H side of an image, D embedding, E epochs; A and M: section 9. Endings
+# of names: _x clean samples, _u unlabeled ones, _w1 _w2 weak views, _s1 _s2 strong views.
 
 # (0) Settings ------------------------------------------------------------------------------
-# A setting is a flag. The command line comes first, then the run to resume, then the data
-# set's preset (section 1), then the default below, which is the paper's for CIFAR-10.
+# A setting is a flag. Of several values the first counts: on the command line, of the run to
+# resume, of the preset (PRESETS, section 1), the default below, which is the paper's.
 
 class UserError(Exception):
     """A mistake that the user can mend: main() prints it in one line and returns 2."""
 
-def number(kind, low, high=1e9):
+def between(kind, low, high=1e9):
     """A type for argparse: an int or float from low to high."""
-
-    def number_in_range(text):
+    def number(text):
         value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"expected {low} to {high:g}, got {text}")
         return value
-
-    number_in_range.__name__ = kind.__name__  # what argparse calls it in its messages
-    return number_in_range
+    return number
 
 def parse(argv):
     """Words of the command line -> settings. Errors: SystemExit 2; of --resume, UserError."""
@@ -73,254 +71,209 @@ def parse(argv):
     def flag(name, default, kind, text, **more):
         text += " (%(default)s)"
         parser.add_argument(name, default=default, type=kind, help=text, **more)
-
-    path = os.path.expanduser
-    count = number(int, 0)
-    weight = number(float, 0)
-    share = number(float, 0, 1)
-    parts = "co-pl supcon prototype unlabeled mixup alignment split".split()
-    flag("--dataset", "digits", str, "folder: your own images", choices=PRESETS)
-    flag("--data-dir", "data", path, "where data sets lie or are loaded to")
+    path = os.path.expanduser  # A type is a function of the word: this one replaces "~".
+    ablations = "co-pl supcon prototype unlabeled mixup alignment split".split()
+    flag("--dataset", "digits", str, "folder: your own photos", choices=PRESETS)
+    flag("--data-dir", "data", path, "where data sets lie or are downloaded to")
     flag("--classes", None, str, "of a folder: cat,dog,...; its train/ is then unlabeled")
-    flag("--num-samples", None, number(int, 2), "train on a random subset of N images")
-    flag("--image-size", 32, number(int, 8), "side of what the networks see")
+    flag("--num-samples", None, between(int, 2), "train on a random subset of N images")
+    flag("--image-size", 32, between(int, 8), "side in pixels of what the networks see")
     flag("--channels", 3, int, "1: grey, 3: colour", choices=[1, 3])
     flag("--mirror", 1, int, "mirror views; 0 for text, digits, signs", choices=[0, 1])
-    flag("--operations", 1, int, "RandAugment's, in strong views", choices=[0, 1])
-    flag("--cutout", [0, 0.5], share, "least and most of the side; grey value: 0.5", nargs="+")
-    flag("--annotations", None, path, "an .npz with probs [T,N,K], in place of CLIP")
+    flag("--cutout", [0, 0.5], between(float, 0, 1), "least and most of the side", nargs=2)
+    flag("--annotations", None, path, "an .npz with probs [T,N,K]; N: readable images by path")
+    flag("--synthetic", None, between(float, 0, 1), "sets made of TRUE labels: the chance of a"
+         " wrong label to join, and that of the true one to be replaced", nargs=2)
     flag("--clip-model", "ViT-B-32-quickgelu", str, "a model of open_clip; or tiny")
     flag("--clip-pretrained", "openai", str, "open_clip's tag of the weights, or a file")
-    flag("--templates", "small", str, "small, imagenet, digits, or a file with {} a line")
-    modes = ["multi_prompt", "argmax"]
-    flag("--candidates", "multi_prompt", str, "argmax: of the mean", choices=modes)
-    flag("--flip", None, share, "synthetic sets from TRUE labels: rates q and eta", nargs=2)
-    flag("--epochs", 800, number(int, 1), "in all")
-    flag("--warm-up", 50, count, "epochs on whole sets; raise it for large or noisy sets")
-    flag("--start-contrastive", 10, count, "Eq. 9-11 wait this number of epochs and one more")
-    flag("--batch-size", 256, number(int, 2), "clean images in a batch")
-    flag("--lr", 0.01, weight, "learning rate; lower it if the loss is not finite")
-    flag("--lr-period", 800, count, "epochs of the learning rate's cosine; 0: all")
-    flag("--width", 64, number(int, 1), "channels of the ResNet; 16 suits a CPU")
-    flag("--temperature", 0.5, number(float, 0.01), "of Eq. 7; 1 leaves labels soft")
-    flag("--lambda-u", 1.0, weight, "weight of unlabeled images, Eq. 8 and 9")
-    flag("--proto-weight", 0.1, weight, "weight of Eq. 9")
-    flag("--contrastive-weight", 0.1, weight, "weight of Eq. 11")
-    flag("--momentum", 0.999, share, "of prototypes and key encoders")
-    flag("--queue-size", 8192, number(int, 1), "keys in each queue")
-    flag("--ablate", None, str, "leave out; supcon: clean flags of Eq. 11", choices=parts)
-    flag("--seed", 0, count, "of networks, order of images, views, flips")
-    flag("--device", "auto", str, "cpu, cuda, cuda:N or mps")
-    flag("--precision", "auto", str, "of convolutions; fp32 may be TF32",
-         choices=["auto", "bf16", "fp32"])
-    flag("--output-dir", None, path, "default: runs/DATASET-seedN-DATE-TIME")
+    flag("--templates", "small", str, "small, digits, or prompts: 'a {}; the {}'")
+    flag("--epochs", 800, between(int, 1), "in all")
+    flag("--warm-up", 50, between(int, 0), "epochs on whole sets; raise it for noisy sets")
+    flag("--start-contrastive", 10, between(int, 0), "prototypes and contrast begin after this"
+         " number of epochs of co-training and one more")
+    flag("--batch-size", 256, between(int, 2), "clean images in a batch; small for few images")
+    flag("--lr", 0.01, between(float, 0), "learning rate; lower it if the loss is not finite")
+    flag("--lr-period", 800, between(int, 0), "epochs of the cosine of lr, in the published"
+         " code 800 even for 100 epochs; 0: all")
+    flag("--width", 64, between(int, 1), "channels of the ResNet; 16 suits a CPU")
+    flag("--temperature", 0.5, between(float, 0.01), "below 1 makes new labels surer")
+    flag("--lambda-u", 1.0, between(float, 0), "weight of unlabeled images")
+    flag("--proto-weight", 0.1, between(float, 0), "weight of the prototypes' loss")
+    flag("--contrastive-weight", 0.1, between(float, 0), "weight of the contrastive loss")
+    flag("--momentum", 0.999, between(float, 0, 1), "of prototypes and key encoders")
+    flag("--queue-size", 8192, between(int, 1), "keys in each queue")
+    flag("--ablate", [], str, "parts to leave out; split: all sets count as clean; supcon:"
+         " all samples of the contrast do", choices=ablations, nargs="+")
+    flag("--seed", 0, between(int, 0), "of networks, order of images, views, synthetic sets")
+    flag("--device", "cuda" if torch.cuda.is_available() else "cpu", str, "or mps, cuda:N")
+    flag("--precision", "auto", str, "auto: bf16 if fast", choices=["auto", "bf16", "fp32"])
+    flag("--output-dir", None, path, "the run's folder; else runs/DATASET-seedN-DATE-TIME")
     flag("--resume", None, path, "folder of a run to go on with")
-    parser.add_argument("--balance", action="store_true", help="equal clean share per class")
+    parser.add_argument("--balance", action="store_true", help="the same share of each class"
+                        " counts as clean; try it if classes are lost (not in the paper)")
 
-    # The first pass reads --dataset and --resume, which set the defaults of the second.
-    # --help is added only then, so that it shows these defaults.
+    # A first pass reads --dataset and --resume: they set the defaults of the second.
     chosen, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**vars(parser.parse_args(PRESETS[chosen.dataset].split())))
+    parser.set_defaults(**PRESETS[chosen.dataset])
     if chosen.resume:
-        try:
-            saved = json.loads(Path(chosen.resume, "config.json").read_text())
-            chosen.dataset = saved["dataset"]  # KeyError: other JSON than a run's settings
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            text = "expected a run's folder, with a whole config.json"
-            raise UserError(f"--resume {chosen.resume}: {text}: {error!r}") from error
+        saved = read_checkpoint(chosen.resume)["settings"]
+        del saved["device"]  # A run may go on on another machine.
         parser.set_defaults(**saved)
     parser.add_argument("-h", "--help", action="help", help="show this")
-    presets = "; ".join(f"{name}: {flags}" for name, flags in PRESETS.items())
-    parser.epilog = f"In brackets: the defaults of this command. Presets: {presets}"
+    parser.epilog = f"In brackets: the defaults of this command. Presets: {PRESETS}"
     cfg = parser.parse_args(argv)
+    # A run keeps what was used before training, and the shapes of networks and views.
+    kept = """dataset classes num_samples annotations synthetic clip_model clip_pretrained
+        templates seed output_dir image_size channels width queue_size"""
+    for name in kept.split():
+        if chosen.resume and getattr(cfg, name) != saved[name]:
+            parser.error(f"--resume: leave --{name.replace('_', '-')} out: a run keeps it")
     if cfg.warm_up > cfg.epochs:
         parser.error(f"--warm-up {cfg.warm_up} is more than --epochs {cfg.epochs}: set both")
-    if len(cfg.cutout) not in (2, 3):
-        parser.error("--cutout: expected two or three numbers")
-    if chosen.flip and chosen.annotations:
-        parser.error("--flip and --annotations: expected one of them")
+    if cfg.synthetic and cfg.annotations:
+        parser.error("--synthetic and --annotations: expected one of them")
     if cfg.classes and cfg.dataset != "folder":
         parser.error("--classes: expected --dataset folder beside it")
-    kept = ["annotations", "flip", "candidates", "templates", "clip_model", "clip_pretrained"]
-    kept += ["seed", "output_dir"]
-    if chosen.resume and any(getattr(cfg, name) != saved.get(name) for name in kept):
-        parser.error(f"--resume: a run keeps {', '.join(kept)}: leave these flags out")
+    if not cfg.output_dir:
+        cfg.output_dir = time.strftime(f"runs/{cfg.dataset}-seed{cfg.seed}-%Y%m%d-%H%M%S")
     return cfg
 
 # (1) Prompt templates and data sets --------------------------------------------------------
-# A prompt is a template filled with a class name. A data set is a sequence of pairs (PIL
-# image, label), mostly torchvision's; the label -1 means that nobody knows it.
+# A prompt is a template filled with a class name. A data set is a sequence of pairs (PIL image
+# or path of a photo, label), mostly torchvision's; the label -1 means that nobody knows it.
 
 def phrases(text, pattern="{}"):
-    """'a; b' -> [pattern.format('a'), pattern.format('b')]."""
-    return [pattern.format(phrase.strip()) for phrase in text.split(";")]
+    """'a; b' -> ['a', 'b'], each put in the place of the pattern's first {}."""
+    text = " ".join(text.split())  # Line breaks and indents become single blanks.
+    return [pattern.replace("{}", phrase.strip(), 1) for phrase in text.split(";")]
 
-SMALL = """a photo of a {}; a rendering of a {}; a cropped photo of the {}; the photo of a {};
-    a photo of a clean {}; a photo of a dirty {}; a dark photo of the {}; a photo of my {};
-    a photo of the cool {}; a close-up photo of a {}; a bright photo of the {};
-    a cropped photo of a {}; a photo of the {}; a good photo of the {}; a photo of one {};
-    a close-up photo of the {}; a rendition of the {}; a photo of the clean {};
-    a rendition of a {}; a photo of a nice {}; a good photo of a {}; a photo of the nice {};
-    a photo of the small {}; a photo of the weird {}; a photo of the large {};
-    a photo of a cool {}; a photo of a small {}"""
 TEMPLATES = {
-    "small": phrases(SMALL),
-    "imagenet": [fill("{}") for fill in open_clip.OPENAI_IMAGENET_TEMPLATES],  # functions
-    "digits": phrases("plain; narrow; wide; slanted; printed", "a {} number {{}}"),
+    "small": phrases("""a photo of a {}; a rendering of a {}; a cropped photo of the {}; the
+        photo of a {}; a photo of a clean {}; a photo of a dirty {}; a dark photo of the {}; a
+        photo of my {}; a photo of the cool {}; a close-up photo of a {}; a bright photo of the
+        {}; a cropped photo of a {}; a photo of the {}; a good photo of the {}; a photo of one
+        {}; a close-up photo of the {}; a rendition of the {}; a photo of the clean {}; a
+        rendition of a {}; a photo of a nice {}; a good photo of a {}; a photo of the nice {};
+        a photo of the small {}; a photo of the weird {}; a photo of the large {}; a photo of a
+        cool {}; a photo of a small {}"""),
+    "digits": phrases("plain; narrow; wide; slanted; printed", "a {} number {}"),
 }
 DIGITS = "zero one two three four five six seven eight nine".split()
-FACES = "Angry; Disgust; Fear; Happy; Sad; Surprise; Neutral"
-SIGNS = """Speed limit 20; Speed limit 30; Speed limit 50; Speed limit 60; Speed limit 70;
-    Speed limit 80; Speed limit 80 cancelled; Speed limit 100; Speed limit 120; No passing;
-    No truck overtaking; Only have priority at the next intersection; Priority road; Give way;
-    Stop; All vehicles prohibited; Trucks prohibited; No entry; Caution!; Curve (to the left);
-    Curve (to the right); Continuous curves; Rough road; Slippery road;
-    The road narrows on the right; Construction site; Signal light;
-    Pay attention to pedestrians; Pay attention to children; Watch out for bikes;
-    Watch out for snow/ice on the road; Deer ahead; Unlimited speed; Turn right; Turn left;
-    Go straight; Go straight and turn right; Go straight and turn left; Drive on the right;
-    Drive on the left; Driving around the island; Lift ban on no passing;
-    Lift ban on truck overtaking"""
 CLASS_NAMES = {  # The other data sets bring their names with them.
     "digits": DIGITS,
     "svhn": [f"number {digit}" for digit in range(10)],
-    "fer2013": phrases(FACES, "{} Facial Expression"),
-    "gtsrb": phrases(SIGNS, "German Traffic Sign: {}"),
+    "fer2013": phrases("Angry; Disgust; Fear; Happy; Sad; Surprise; Neutral",
+                       "{} Facial Expression"),
+    "gtsrb": phrases("""Speed limit 20; Speed limit 30; Speed limit 50; Speed limit 60; Speed
+        limit 70; Speed limit 80; Speed limit 80 cancelled; Speed limit 100; Speed limit 120;
+        No passing; No truck overtaking; Only have priority at the next intersection; Priority
+        road; Give way; Stop; All vehicles prohibited; Trucks prohibited; No entry; Caution!;
+        Curve (to the left); Curve (to the right); Continuous curves; Rough road; Slippery
+        road; The road narrows on the right; Construction site; Signal light; Pay attention to
+        pedestrians; Pay attention to children; Watch out for bikes; Watch out for snow/ice on
+        the road; Deer ahead; Unlimited speed; Turn right; Turn left; Go straight; Go straight
+        and turn right; Go straight and turn left; Drive on the right; Drive on the left;
+        Driving around the island; Lift ban on no passing; Lift ban on truck overtaking""",
+                     "German Traffic Sign: {}"),
 }
-GREY = "--channels 1 --operations 0"
-LARGE = "--epochs 100 --image-size 64"
-PRESETS = {  # flags, as in the published code; those of digits and folder are this file's own
-    "digits": f"{GREY} --mirror 0 --cutout 0 0.33 0.5 --clip-model tiny --templates digits"
-    " --image-size 8 --width 16 --epochs 20 --warm-up 8 --start-contrastive 1 --batch-size 64"
-    " --lr 0.05 --lr-period 0 --momentum 0.99 --queue-size 1024 --precision fp32",
-    "folder": "--epochs 100 --lr-period 0",
-    "cifar10": "",
-    "cifar100": "--warm-up 100",
-    "svhn": "--mirror 0",
-    "fmnist": f"{GREY} --epochs 100 --image-size 28 --cutout 0.57143 0.57143 0",  # 16 pixels
-    "eurosat": LARGE,
-    "fer2013": f"{GREY} {LARGE} --cutout 0.25 0.25 0",
-    "gtsrb": f"{LARGE} --mirror 0",
+PRESETS = {  # as in the published code; those of digits and folder are this file's own
+    "digits": dict(
+        channels=1, image_size=8, mirror=0, cutout=[0, 0.33], clip_model="tiny",
+        templates="digits", width=16, epochs=20, warm_up=8, start_contrastive=1,
+        batch_size=64, lr=0.05, lr_period=0, momentum=0.99, queue_size=1024, precision="fp32"),
+    "folder": dict(epochs=100, lr_period=0),
+    "cifar10": dict(),
+    "cifar100": dict(warm_up=100),
+    "svhn": dict(mirror=0),
+    "fmnist": dict(channels=1, image_size=28, cutout=[16 / 28, 16 / 28], epochs=100),
+    "eurosat": dict(image_size=64, epochs=100),
+    "fer2013": dict(channels=1, image_size=64, cutout=[0.25, 0.25], epochs=100),
+    "gtsrb": dict(image_size=64, mirror=0, epochs=100),
 }
 
-def to_rgb(image):
-    """PIL image of any mode -> RGB, upright as its EXIF data say, on white if transparent."""
-    try:
+def to_square(image):
+    """PIL image -> its centre square in RGB, upright by its EXIF data."""
+    image = TF.center_crop(image, min(image.size))  # first, since each later step copies it
+    with contextlib.suppress(Exception):  # Damaged EXIF data raise any kind of error.
         image = ImageOps.exif_transpose(image)
-    except Exception:  # Damaged EXIF data raise any kind of error; the image stays as it is.
-        pass
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
-def centre_square(image):
-    """PIL image -> the largest square around its centre."""
-    return TF.center_crop(image, min(image.size))
-
 def open_image(path):
-    """Image file -> PIL image, RGB, upright and opaque. UserError if it cannot be read."""
+    """Image file -> PIL image as to_square() makes it. UserError if it cannot be read."""
     try:
         image = Image.open(path)
         image.load()
-        if image.mode.startswith(("I", "F")):  # RGB would clip them to white.
-            raise ValueError(f"its mode is {image.mode}, not of 8 bits a channel")
     except Exception as error:  # A broken file makes Pillow raise nearly any kind of error.
         raise UserError(f"{path}: expected an image that can be read, but {error}") from error
-    return to_rgb(image)
+    return to_square(image)
 
 def find_images(root):
-    """Sorted pairs (image file, name of the folder right below root that it lies in).
+    """Pairs (image file at any depth, folder right below root that it is in, or ""), sorted
+    by the parts of the path, so class after class. NFC: of "é" Unicode has two forms."""
+    def fail(error):
+        raise UserError(f"expected a folder of images, but {error}") from error
 
-    Each folder and file counts once, whatever links lead to it. Left out is what systems and
-    editors hide or make for themselves.
-    """
-    hidden = (".", "__", "lost+found", "@eaDir", "$RECYCLE.BIN")
-    found = {}
+    pairs = []
     visited = set()
-    for parent, folders, names in os.walk(root, followlinks=True):
-        if os.path.realpath(parent) in visited:
-            names = []  # A link has led here again: neither its files nor its folders count.
-            folders.clear()
-        visited.add(os.path.realpath(parent))
-        folders[:] = sorted(name for name in folders if not name.startswith(hidden))
-        for name in names:
-            path = Path(parent, name)
-            if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."):
-                parts = path.relative_to(root).parts
-                folder = tidy(parts[0]) if len(parts) > 1 else ""
-                found.setdefault(os.path.realpath(path), (str(path), folder))
-    return sorted(found.values())
-
-def tidy(name):
-    """A name without blanks around it, its accents in one of the two forms of Unicode."""
-    return unicodedata.normalize("NFC", name.strip())
-
-class Photos:
-    """Pairs (centre square of an image file, label) out of pairs (image file, label)."""
-
-    def __init__(self, files):
-        self.files = files
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, index):
-        path, label = self.files[index]
-        return centre_square(open_image(path)), label
+    for folder, inner, files in os.walk(root, onerror=fail, followlinks=True):
+        if os.path.realpath(folder) in visited:  # A link has led here again.
+            inner.clear()
+            continue
+        visited.add(os.path.realpath(folder))
+        inner[:] = sorted(name for name in inner if name[0] != ".")
+        parts = Path(folder).relative_to(root).parts
+        top = unicodedata.normalize("NFC", parts[0].strip()) if parts else ""
+        for name in files:
+            if name[0] != "." and name.lower().endswith(datasets.folder.IMG_EXTENSIONS):
+                pairs.append((Path(folder, name), top))
+    return sorted(pairs)
 
 def read_photos(root, classes):
     """root/train and perhaps root/test -> training pairs, test pairs, class names.
-
-    Folders in them name the classes. If classes are given, a text such as "cat,dog", images
-    of train/ have no labels and lie anywhere below it.
-    """
-    train = find_images(root / "train")
-    test = find_images(root / "test")
+    Folders in train/ name the classes; but if these are given, a text such as "cat,dog",
+    images of train/ have no labels, and lie anywhere in it."""
+    train = find_images(f"{root}/train")
+    test = find_images(f"{root}/test") if Path(root, "test").exists() else []
     names = sorted({folder for _, folder in train})
     if classes:
-        names = [tidy(name) for name in classes.split(",")]
-    if not train or "" in names:
-        raise UserError(f"--data-dir {root}: expected images below {root}/train, in a folder"
-                        f" for each class or with --classes a,b; got {len(train)}, {names}")
-    unknown = {folder for _, folder in test} - set(names)
-    if unknown:
-        raise UserError(f"{root}/test: expected folders of classes {names}, got {unknown}")
+        names = [unicodedata.normalize("NFC", name.strip()) for name in classes.split(",")]
+    elif "" in names:
+        raise UserError(f"{root}/train: expected a folder for each class, or --classes")
+    strangers = {folder or "no folder" for _, folder in test} - set(names)
+    if strangers:
+        raise UserError(f"{root}/test: expected folders {names}, got {sorted(strangers)}")
+    train = [(path, -1 if classes else names.index(folder)) for path, folder in train]
     test = [(path, names.index(folder)) for path, folder in test]
-    if classes:
-        return Photos([(path, -1) for path, _ in train]), Photos(test), names
-    train = [(path, names.index(folder)) for path, folder in train]
-    return Photos(train), Photos(test), names
+    return train, test, names
 
 def read_known(name, root):
-    """Any data set but a folder -> training part, test part (None if it has no labels)."""
+    """Any data set but a folder -> training part, test part or None."""
     if name == "digits":  # scikit-learn's 1,797 images of 8 x 8 pixels, with values 0 to 16
         digits = load_digits()
         pixels = (digits.images * 255 / 16).astype("uint8")
         return list(zip(map(Image.fromarray, pixels), digits.target.tolist())), None
     if name == "eurosat":
         return datasets.EuroSAT(root, download=True), None
-    if name == "fer2013":
+    if name == "fer2013":  # Its own test part has no labels.
         return datasets.FER2013(root, "train"), None
     readers = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100,
                "fmnist": datasets.FashionMNIST, "svhn": datasets.SVHN, "gtsrb": datasets.GTSRB}
-    parts = (True, False)  # train=
-    if name in ("svhn", "gtsrb"):
-        parts = ("train", "test")  # split=
+    parts = ("train", "test") if name in ("svhn", "gtsrb") else (True, False)
     return [readers[name](root, part, download=True) for part in parts]
 
 def read_dataset(cfg):
     """Settings -> training pairs, test pairs (perhaps none), class names."""
-    root = Path(cfg.data_dir)
     if cfg.dataset == "folder":
-        train, test, names = read_photos(root, cfg.classes)
+        train, test, names = read_photos(cfg.data_dir, cfg.classes)
     else:
         try:
-            train, test = read_known(cfg.dataset, root)
-        except (OSError, RuntimeError) as error:  # what torchvision and downloads raise
-            raise UserError(f"--data-dir {root}: no {cfg.dataset} there: {error}") from error
+            train, test = read_known(cfg.dataset, cfg.data_dir)
+        except (OSError, RuntimeError, EOFError, TarError, BadZipFile) as error:
+            text = f"--data-dir {cfg.data_dir}: expected a whole {cfg.dataset}, but {error!r}"
+            raise UserError(text) from error
         names = CLASS_NAMES.get(cfg.dataset) or train.classes
-
+    if len(names) < 2 or len(set(names)) < len(names) or "" in names:
+        raise UserError(f"--classes: expected two or more different names, got {names}")
     # This order is the same for every --seed. Its last fifth is held out if there is no test
     # part (published code, for EuroSAT and FER2013); --num-samples takes its first images.
     rows = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
@@ -328,34 +281,26 @@ def read_dataset(cfg):
         num_train = round(0.8 * len(rows))
         test = Subset(train, rows[num_train:])
         rows = rows[:num_train]
-    rows = sorted(rows[: cfg.num_samples])
-    if len(rows) < 2 or len(names) < 2 or len(set(names)) < len(names):
-        raise UserError(f"--data-dir {root}: expected two or more images, and classes with"
-                        f" different names, got {len(rows)} images and classes {names}")
-    return Subset(train, rows), test, names
-
-# A photo is read twice, for CLIP and for the networks; the cache drops a repeated message.
-print_once = functools.cache(print)
+    return Subset(train, sorted(rows[: cfg.num_samples])), test, names  # [:None]: all
 
 def load(pairs, transform):
-    """Pairs -> batches (transformed images, labels); broken photos are named and left out.
-
-    Four threads read. Each holds one photo, transforms it and lets it go: photos are large.
-    """
-
+    """Pairs -> batches (rows, transformed images, labels) of those that can be read.
+    Each thread holds one photo, transforms it and lets it go: photos are large."""
     def read(row):
+        image, label = pairs[row]
         try:
-            image, label = pairs[row]
-            return transform(image), label
+            if isinstance(image, Path):
+                image = open_image(image)
         except UserError as error:
-            print_once(f"left out: {error}", file=sys.stderr)
+            return print(f"left out: {error}", file=sys.stderr)
+        return row, transform(image), label
 
     with ThreadPoolExecutor(4) as pool:
         for rows in tqdm(torch.arange(len(pairs)).split(256), "read", disable=None):
-            batch = [pair for pair in pool.map(read, rows.tolist()) if pair]
+            batch = [item for item in pool.map(read, rows.tolist()) if item]
             if batch:
-                images, labels = zip(*batch)
-                yield torch.stack(images), torch.tensor(labels)
+                good_rows, images, labels = zip(*batch)
+                yield list(good_rows), torch.stack(images), torch.tensor(labels)
 
 def to_pixels(image, cfg):
     """PIL image -> uint8 [C,H,H], what the networks see."""
@@ -363,12 +308,12 @@ def to_pixels(image, cfg):
     return TF.pil_to_tensor(TF.resize(image.convert(mode), [cfg.image_size, cfg.image_size]))
 
 def read_images(pairs, cfg):
-    """Pairs -> images uint8 [N,C,H,H], labels int [N] (-1: unknown)."""
+    """Pairs -> those that can be read, images uint8 [N,C,H,H], labels int [N] (-1: none)."""
     batches = list(load(pairs, lambda image: to_pixels(image, cfg)))
     if not batches:
         raise UserError(f"--data-dir {cfg.data_dir}: none of {len(pairs)} images can be read")
-    images, labels = zip(*batches)
-    return torch.cat(images), torch.cat(labels)
+    rows, images, labels = zip(*batches)
+    return Subset(pairs, sum(rows, [])), torch.cat(images), torch.cat(labels)
 
 # (2) CLIP annotation -> candidate sets -----------------------------------------------------
 # "CLIP Annotated Partial Labels": template t and class k give the text feature u_tk, image i
@@ -377,198 +322,123 @@ def read_images(pairs, cfg):
 
 def candidate_sets(probs, mode="multi_prompt"):
     """P [T,N,K] -> candidate sets S_i = {argmax_k P[t,i,k] : t = 1..T}, bool [N,K].
-
-    DIFFERS: labels that tie all count, as people's votes may. A row of zeros abstains, and a
-    set that stays empty becomes full.
-    Mode argmax: S_i holds the answer of the mean over t alone.
-    """
+    DIFFERS: labels that tie all count, since a person may tick two. A row of zeros abstains;
+    a set that stays empty becomes full. Mode argmax: only the answer of the mean over t."""
     if mode == "argmax":
         probs = probs.float().mean(0, keepdim=True)  # [1,N,K]
-    candidates = torch.zeros(probs.shape[1:], dtype=torch.bool)
-    for template_probs in probs:
-        largest = template_probs.amax(1, keepdim=True)  # [N,1]
-        candidates |= (template_probs == largest) & (largest > 0)
+    largest = probs.amax(2, keepdim=True)  # [T,N,1]
+    candidates = ((probs == largest) & (largest > 0)).any(0)  # [N,K]
     candidates[~candidates.any(1)] = True
     return candidates
 
 def flip_candidates(labels, num_classes, partial_rate, noise_rate, generator=None):
     """True labels int [N] -> synthetic candidate sets, bool [N,K] (the paper's Table 3).
-
     A wrong label joins with chance partial_rate. Then, with chance noise_rate, a label drawn
-    from outside the set takes the true label's place; a full set stays as it is.
-    """
+    from outside the set takes the true label's place; a full set stays as it is."""
     joins = torch.rand(len(labels), num_classes, generator=generator) < partial_rate
     candidates = joins | F.one_hot(labels, num_classes).bool()
     noisy = torch.rand(len(labels), generator=generator) < noise_rate  # [N]
     rows = (noisy & ~candidates.all(1)).nonzero().flatten()
-    if len(rows):
-        outside = (~candidates[rows]).float()  # [n,K]
-        new_labels = outside.multinomial(1, generator=generator).flatten()
-        candidates[rows, labels[rows]] = False
-        candidates[rows, new_labels] = True
+    outside = (~candidates[rows]).float()  # [n,K], weights of the draw
+    new_labels = outside.multinomial(1, generator=generator).flatten()
+    candidates[rows, labels[rows]] = False
+    candidates[rows, new_labels] = True
     return candidates
-
-def load_templates(name):
-    """Name of a list in TEMPLATES, or of a text file with a template a line -> list."""
-    templates = TEMPLATES.get(name, [])
-    if not templates and Path(name).is_file():
-        text = Path(name).read_text("utf-8-sig", "replace")  # -sig: no byte-order mark
-        templates = [line.strip() for line in text.splitlines() if line.strip()]
-    if not templates or any(line.count("{}") != 1 for line in templates):
-        raise UserError(f"--templates {name}: expected {[*TEMPLATES]} or a file, {{}} a line")
-    return templates
 
 def load_clip(name, weights, device):
     """open_clip's names of model and weights -> model, preprocessing of images, tokenizer."""
     if name == "tiny":
-        return TinyCLIP(), TinyCLIP.preprocess, TinyCLIP.tokenize
+        return TinyCLIP(), tiny_pixels, draw
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(
             name, weights, device=device, require_pretrained=True)
         return model.eval(), preprocess, open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip and downloads raise nearly any kind of error.
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        raise UserError(f"--clip-model {name} --clip-pretrained {weights}: expected a model of"
-                        f" open_clip, and a file or one of {tags}, but {error}") from error
+        raise UserError(f"--clip-model {name} --clip-pretrained {weights}: {error}") from error
 
 @torch.inference_mode()
 def annotate(clip, pairs, class_names, templates, device):
-    """CLIP's answers to the images of pairs: P float16 [T,N,K].
-
-    DIFFERS: float16, as in the run's file, so that a resume sees the same numbers; labels
-    closer than its rounding tie. UserError if two prompts have equal tokens.
-    """
+    """load_clip()'s model, images as pairs, texts -> P float32 [T,N,K]."""
     model, preprocess, tokenizer = clip
     text_features = []
     for template in templates:
         tokens = tokenizer([template.replace("{}", name) for name in class_names])
+        # Names may differ in capitals alone, or after 77 tokens, where CLIP cuts them off.
         if len(tokens.unique(dim=0)) < len(class_names):
             raise UserError(f"CLIP reads {template!r} alike for two classes of {class_names}")
         text_features.append(model.encode_text(tokens.to(device), normalize=True))  # [K,D]
     text_features = torch.stack(text_features)  # [T,K,D]
-
     probs = []
-    for images, _ in load(pairs, preprocess):
+    for _, images, _ in load(pairs, preprocess):
         image_features = model.encode_image(images.to(device), normalize=True)  # [B,D]
         logits = model.logit_scale.exp() * image_features @ text_features.mT  # [T,B,K]
-        probs.append(logits.float().softmax(2).half().cpu())
-    return torch.cat(probs, 1)
+        probs.append(logits.float().softmax(2).cpu())
+    probs = torch.cat(probs, 1)
+    if probs.shape[1] < len(pairs):  # Rows of P and of the images would not belong together.
+        raise UserError("an image that could be read a moment ago cannot be read now")
+    return probs
 
-def read_annotations(path, images, class_names):
-    """An .npz with an array probs -> P float16 [T,N,K].
-
-    If it has arrays classes (names) or images (checksum), as a run's has, they must match.
-    """
+def read_annotations(path, num_images, num_classes):
+    """An .npz with an array probs, of people's votes or other scores -> P float32 [T,N,K]."""
     try:
-        arrays = dict(np.load(path))
-        probs = torch.from_numpy(arrays["probs"].astype(np.float16))
+        probs = torch.from_numpy(np.load(path)["probs"].astype(np.float32))
     except Exception as error:  # A damaged file makes NumPy raise nearly any kind of error.
         raise UserError(f"{path}: expected an .npz with an array probs: {error!r}") from error
-    shape = ("T", len(images), len(class_names))
+    shape = ("T", num_images, num_classes)
     if probs.shape[1:] != shape[1:] or len(probs) == 0:
         raise UserError(f"{path}: expected probs of shape {shape}, got {tuple(probs.shape)}")
     if not 0 <= probs.min() <= probs.max() <= 1:
-        raise UserError(f"{path}: expected probs from 0 to 1, got others")
-    for name, expected in (("classes", class_names), ("images", zlib.crc32(images.numpy()))):
-        if name in arrays and arrays[name].tolist() != expected:
-            raise UserError(f"{path}: its {name} are others than those of this run")
+        raise UserError(f"{path}: expected 0 to 1, got {probs.min():g} to {probs.max():g}")
     return probs
-
-def make_probs(cfg, pairs, images, labels, device):
-    """P [T,N,K] from a file, from true labels (--flip) or from CLIP."""
-    if cfg.annotations:
-        print(f"annotations: from {cfg.annotations}")
-        return read_annotations(cfg.annotations, images, cfg.class_names)
-    if cfg.flip:
-        if labels.min() < 0:
-            raise UserError("--flip: expected labels of the training images, got none")
-        generator = torch.Generator().manual_seed(cfg.seed)
-        candidates = flip_candidates(labels, len(cfg.class_names), *cfg.flip, generator)
-        return candidates[None].half()  # one annotator, for whom the labels of a set tie
-    clip = load_clip(cfg.clip_model, cfg.clip_pretrained, device)
-    return annotate(clip, pairs, cfg.class_names, load_templates(cfg.templates), device)
 
 # (3) The weak/strong data set --------------------------------------------------------------
 # Views of a whole batch are made at once, on the device: weak, a random crop, mirrored or not;
-# strong, that with a random operation and a cutout. Kinds and ranges are the published code's.
-# All random numbers come from the CPU's generator, so that a resumed run goes on exactly.
+# strong, that with one of RandAugment's operations (in colour only) and a cutout. All random
+# numbers come from the CPU's generator; on a CPU a resumed run therefore goes on exactly.
 
 def crop_and_mirror(images, mirror):
     """Shifts [B,C,H,H] by up to 1/8 of the side, black beyond; may mirror half the images."""
     count, _, side, _ = images.shape
     most = round(side / 8)
-    # A view shows at (x, y) what was at theta (x, y, 1); x and y run from -1 to 1.
-    theta = torch.zeros(count, 2, 3)
-    theta[:, 0, 0] = 1
-    theta[:, 1, 1] = 1
+    # theta maps a place (x, y, 1) of the view to one of the image; x and y run from -1 to 1.
+    theta = torch.eye(2, 3).repeat(count, 1, 1)  # [B,2,3]
     if mirror:
         theta[torch.rand(count) < 0.5, 0, 0] = -1
     theta[:, :, 2] = torch.randint(-most, most + 1, (count, 2)) * 2 / side
     grid = F.affine_grid(theta.to(images.device), images.shape, align_corners=False)
     return F.grid_sample(images, grid, "nearest", align_corners=False)
 
-def random_number(low, high):
-    """Uniform between low and high."""
-    return low + (high - low) * torch.rand(()).item()
-
-SHEAR = math.degrees(math.atan(0.3))  # by 0.3 of the side, as an angle
-OPERATIONS = [  # RandAugment's, on float images of 0 to 1; each call draws its strength
-    lambda images: images,
-    TF.autocontrast,
-    TF.equalize,
-    v2.ColorJitter(brightness=(0.05, 0.95)),
-    v2.ColorJitter(saturation=(0.05, 0.95)),
-    v2.ColorJitter(contrast=(0.05, 0.95)),
-    lambda images: TF.adjust_sharpness(images, random_number(0.05, 0.95)),
-    lambda images: TF.posterize(images, int(random_number(4, 8))),  # 4 to 7 bits
-    lambda images: TF.solarize(images, random_number(0, 1)),
-    v2.RandomRotation(30),
-    # DIFFERS: torchvision shears about the centre, the published code about an edge.
-    v2.RandomAffine(0, shear=(-SHEAR, SHEAR, 0, 0)),
-    v2.RandomAffine(0, shear=(0, 0, -SHEAR, SHEAR)),
-    v2.RandomAffine(0, translate=(0.3, 0)),
-    v2.RandomAffine(0, translate=(0, 0.3)),
-]
-
 def random_operation(images):
-    """One of OPERATIONS for each image, float [B,C,H,H].
+    """One of RandAugment's 14 operations for each 16th part of a batch, [B,3,H,H] in 0..1.
+    DIFFERS: torchvision's ranges; in the published code each image has its own operation."""
+    changed = []
+    for part in images.chunk(16):
+        magnitude = torch.randint(31, ()).item()  # torchvision counts strength from 0 to 30.
+        changed.append(v2.RandAugment(num_ops=1, magnitude=magnitude)(part))
+    return torch.cat(changed)
 
-    DIFFERS: images of a batch with the same operation share its strength, so that
-    torchvision's transforms of batches serve; in the published code each draws its own.
-    """
-    choice = torch.randint(len(OPERATIONS), (len(images),))
-    changed = images.clone()
-    for index, operation in enumerate(OPERATIONS):
-        rows = (choice == index).nonzero().flatten()
-        if len(rows):
-            changed[rows] = operation(images[rows])
-    return changed.clamp(0, 1)
-
-def cutout(images, smallest, largest, value=0.5):
-    """Sets a square anywhere to value; its side is smallest to largest times the image's.
-
-    DIFFERS: grey, and cut off at the edges, for plain code; in the published code it has the
-    colour (125, 123, 114) and is moved inward at two edges.
-    """
+def cutout(images, smallest, largest):
+    """Sets a square anywhere in normalised images [B,C,H,H] to 0, the mean of all pixels.
+    Its side is a random share of the image's, from smallest to largest. DIFFERS: cut off at
+    the edges, for plain code; and no fixed colour, which ruins training on dark pictures."""
     count, _, side, _ = images.shape
     half = side / 2 * (smallest + (largest - smallest) * torch.rand(count, 1))  # [B,1]
-    pixels = torch.arange(side) + 0.5
-    in_rows = (pixels - side * torch.rand(count, 1)).abs() < half  # [B,H]
-    in_columns = (pixels - side * torch.rand(count, 1)).abs() < half  # [B,H]
+    row = side * torch.rand(count, 1)  # of the square's centre, [B,1]
+    column = side * torch.rand(count, 1)
+    pixels = torch.arange(side) + 0.5  # [H], centres of pixels
+    in_rows = (pixels - row).abs() < half  # [B,H]
+    in_columns = (pixels - column).abs() < half  # [B,H]
     inside = in_rows[:, None, :, None] & in_columns[:, None, None, :]  # [B,1,H,H]
-    return images.masked_fill(inside.to(images.device), value)
+    return images.masked_fill(inside.to(images.device), 0)
 
 class WeakStrongImages:
     """Training images uint8 [N,C,H,H], sets bool [N,K]; views of chosen rows, float [B,C,H,H].
-
-    DIFFERS: mean and deviation are measured, since users bring their own images.
-    """
-
+    DIFFERS: mean and deviation are measured, since users bring their own images."""
     def __init__(self, images, candidates, cfg):
         self.images = images
         self.candidates = candidates
         self.cfg = cfg
-        sample = images[:: 1 + len(images) // 10_000] / 255  # up to 10,000 of them
+        sample = images[:: 1 + len(images) // 1000] / 255  # up to 1,000 of them, for memory
         self.mean = sample.mean((0, 2, 3), keepdim=True)  # [1,C,1,1]
         self.std = sample.std((0, 2, 3), keepdim=True).clamp_min(1 / 255)  # never 0
 
@@ -581,9 +451,9 @@ class WeakStrongImages:
 
     def strong(self, rows):
         images = crop_and_mirror(self.images[rows] / 255, self.cfg.mirror)
-        if self.cfg.operations:
+        if self.cfg.channels == 3:
             images = random_operation(images)
-        return (cutout(images, *self.cfg.cutout) - self.mean) / self.std
+        return cutout((images - self.mean) / self.std, *self.cfg.cutout)
 
 # (4) Both networks -------------------------------------------------------------------------
 # Two pre-activation ResNet-18 start from different random weights. Each has a linear
@@ -592,9 +462,14 @@ class WeakStrongImages:
 EMBEDDING_DIM = 128  # D, published code
 SGD_SETTINGS = dict(momentum=0.9, weight_decay=5e-4)  # published code
 
+def bf16_is_fast(device):
+    """Do convolutions on it take less time in bfloat16? On new GPUs and some CPUs they do."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+
 class PreActBlock(nn.Module):
     """Two convolutions and a shortcut; both branches begin after the first BatchNorm, ReLU."""
-
     def __init__(self, in_channels, channels, stride):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
@@ -615,11 +490,9 @@ class PreActBlock(nn.Module):
 
 class CoRegNet(nn.Module):
     """Images [B,C,H,H] -> logits [B,K], embeddings [B,D] of norm 1; for any side from 8."""
-
-    bf16 = False  # DIFFERS: a Learner may have convolutions computed in bfloat16, for speed.
-
     def __init__(self, num_classes, in_channels=3, image_size=32, width=64, embedding_dim=128):
         super().__init__()
+        self.bf16 = False  # DIFFERS: True has convolutions computed in bfloat16, for speed.
         layers = [nn.Conv2d(in_channels, width, 3, padding=1, bias=False)]
         layers += [nn.BatchNorm2d(width), nn.ReLU()]
         dim = width
@@ -639,16 +512,13 @@ class CoRegNet(nn.Module):
         return self.fc(features), F.normalize(self.head(features))
 
 class Learner:
-    """One of the two networks with all that belongs to it alone.
-
-    net, optimizer: the network. key_net, queue: for the contrast, see section 9.
-    losses: of the last epochs, [N] each. split: predictions [N,K] and w [N], see section 6.
-    """
-
-    def __init__(self, num_classes, cfg, device, bf16=False):
+    """One of the two networks with all that belongs to it alone. key_net, queue: section 9.
+    losses: of the last epochs, [N] each; split: predictions [N,K] and w [N]; section 6."""
+    def __init__(self, num_classes, cfg, device):
         net = CoRegNet(num_classes, cfg.channels, cfg.image_size, cfg.width, EMBEDDING_DIM)
-        net.bf16 = bf16
         self.net = net.to(device, memory_format=torch.channels_last)
+        is_fast = cfg.precision == "auto" and bf16_is_fast(torch.device(device))
+        self.net.bf16 = cfg.precision == "bf16" or is_fast
         self.optimizer = torch.optim.SGD(self.net.parameters(), cfg.lr, **SGD_SETTINGS)
         self.key_net = copy.deepcopy(self.net)
         self.queue = MomentumQueue(cfg.queue_size, EMBEDDING_DIM, device)
@@ -663,31 +533,25 @@ class Learner:
         return {name: term.detach() for name, term in terms.items()}
 
     def state(self):
-        """What a checkpoint keeps; not key_net, since every epoch makes it anew."""
-        return {
-            "net": self.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "queue": [self.queue.keys, self.queue.classes, self.queue.clean],
-            "losses": self.losses,
-            "split": self.split,
-        }
+        """For the checkpoint; without key_net and split, which every epoch makes anew."""
+        queue = [self.queue.keys, self.queue.classes, self.queue.clean]
+        return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "queue": queue, "losses": self.losses}
 
     def load_state(self, state):
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.queue.keys, self.queue.classes, self.queue.clean = state["queue"]
         self.losses = state["losses"]
-        self.split = state["split"]
 
 # (5) Warm-up -------------------------------------------------------------------------------
 # "Supervised Training": each network by itself learns, on strong views, that the labels of
 # a set together have probability 1. Eq. 2 keeps it unsure, lest it learn wrong sets by heart.
+# This and all later losses and labels take any dtype and compute in float32.
 
 def partial_cross_entropy(logits, candidates):
     """Eq. 1: mean of -log(sum_{k in S_i} p_ik + 1e-5). logits [B,K], S bool [B,K] -> scalar.
-
-    Published code: the 1e-5; full sets do not count, and if all are full the loss is 0.
-    """
+    Published code: the 1e-5; full sets do not count, and if all are full the loss is 0."""
     prob_of_set = (logits.float().softmax(1) * candidates).sum(1)  # [B]
     is_partial = ~candidates.all(1)  # [B]
     losses = -torch.log(prob_of_set + 1e-5) * is_partial
@@ -700,9 +564,7 @@ def negative_entropy(logits):
 
 def random_batches(rows, batch_size):
     """Rows int [n] -> list of batches in random order.
-
-    DIFFERS: a last batch of one row is left out, since BatchNorm cannot train on it.
-    """
+    DIFFERS: a last batch of one row is left out, since BatchNorm cannot train on it."""
     batches = rows[torch.randperm(len(rows))].split(batch_size)
     return [batch for batch in batches if len(batch) > 1]
 
@@ -747,9 +609,7 @@ def max_candidate_loss(probs, candidates):
 
 def clean_probability(loss_history):
     """Losses [E,N], newest last -> w [N], the posterior of the component with the lower mean.
-
-    Each epoch's losses are scaled to 0..1, the last epochs' averaged. Equal ones give w = 0.
-    """
+    Each epoch's losses are scaled to 0..1, the last epochs' averaged. Equal ones: w = 0."""
     losses = loss_history[-HISTORY_EPOCHS:].float().clamp_max(MAX_LOSS)
     low = losses.amin(1, keepdim=True)  # [E,1]
     high = losses.amax(1, keepdim=True)  # [E,1]
@@ -764,43 +624,38 @@ def clean_probability(loss_history):
     return torch.from_numpy(posterior).to(losses)
 
 def balance_classes(clean_prob, losses, classes):
-    """w [N] -> w [N] by which the same share of every class is clean, those of lowest loss.
-
-    losses [N]; classes int [N], the likeliest label within each set. DIFFERS (with --balance):
-    one mixture can call no image of a hard class clean, and the class is then not learnt.
-    """
-    num_clean = (clean_prob > CLEAN_THRESHOLD).sum().item()
+    """w, losses [N] -> new w: of each class the same share is clean, those of lowest loss.
+    classes int [N]: the likeliest label in each set. DIFFERS (with --balance): one mixture
+    over all classes can call no set of a hard class clean; the class is then not learnt."""
+    share = (clean_prob > CLEAN_THRESHOLD).float().mean().item()
     balanced = torch.zeros_like(clean_prob)
     for k in classes.unique():
         members = (classes == k).nonzero().flatten()
-        count = math.ceil(num_clean * len(members) / len(classes))
-        lowest = members[losses[members].argsort()[:count]]
-        balanced[lowest] = clean_prob[lowest].clamp_min(0.75)  # above the threshold
+        num_clean = round(share * len(members))
+        lowest = members[losses[members].argsort()[:num_clean]]
+        balanced[lowest] = clean_prob[lowest].clamp_min(0.75)  # a number above the threshold
     return balanced
 
 @torch.no_grad()
 def split_data(learner, data, cfg):
     """A network judges all sets -> aligned predictions [N,K], w [N]; notes learner.losses.
-
-    DIFFERS: the alignment divides by this pass's mean; the published code's is partly an epoch
-    old. And if hardly any set is clean, the tenth of lowest loss counts as clean.
-    """
+    DIFFERS: the alignment takes the mean of this pass, not partly an older one; and if hardly
+    any set is clean, where the published code fails, the tenth of lowest loss is clean."""
     learner.net.eval()
     batches = torch.arange(len(data), device=data.images.device).split(512)  # to fit in memory
     logits = torch.cat([learner.net(data.weak(rows))[0] for rows in batches])
     probs = logits.softmax(1)  # [N,K]
-    if cfg.ablate != "alignment":
+    if "alignment" not in cfg.ablate:
         uniform = torch.full_like(probs[0], 1 / len(probs[0]))
         probs = align_distribution(probs, probs.mean(0), uniform)
     losses = max_candidate_loss(probs, data.candidates)  # [N]
     learner.losses = [*learner.losses, losses][-HISTORY_EPOCHS:]
-    if cfg.ablate == "split":
-        return probs, torch.ones_like(losses)
+    if "split" in cfg.ablate:
+        return probs, torch.ones_like(losses)  # w = 1: Eq. 6 is then the partner's word alone
     clean_prob = clean_probability(torch.stack(learner.losses))
     if cfg.balance:
         classes = (probs * data.candidates).argmax(1)
         clean_prob = balance_classes(clean_prob, losses, classes)
-
     num_clean = (clean_prob > CLEAN_THRESHOLD).sum().item()
     tenth = max(2, len(data) // 10)
     if num_clean < min(cfg.batch_size, tenth):
@@ -818,15 +673,13 @@ MIXUP_ALPHA = 4.0
 RAMP_EPOCHS = 16
 
 def sharpen(probs, temperature):
-    """Eq. 7: normalise(p^(1/temperature)), surer labels if that is below 1. [B,K] -> [B,K]."""
+    """Eq. 7: normalise(p^(1/temperature)); below 1 it makes labels surer. [B,K] -> [B,K]."""
     return (probs.float().log() / temperature).softmax(1)
 
 def refine_labels(own_probs, partner_probs, candidates, clean_prob, temperature):
     """Targets of clean samples, Eq. 6 and 7: sharpen(w r + (1-w) own). [B,K], w [B] -> [B,K].
-
     own: own_probs, the network's mean over both weak views. r: partner_probs within the set,
-    normalised (Eq. 5). w: clean_prob, from the partner's split.
-    """
+    normalised (Eq. 5). w: clean_prob, from the partner's split."""
     inside = partner_probs.float().clamp_min(1e-12) * candidates  # 1e-12: where all underflow
     r = inside / inside.sum(1, keepdim=True)
     w = clean_prob[:, None]
@@ -851,13 +704,12 @@ def ramp_up(epoch, warm_up, length=RAMP_EPOCHS):
 
 def self_training_loss(logits_x, targets_x, logits_u, targets_u, weight_u):
     """Eq. 8: cross-entropy of clean rows + weight_u * mean squared error of unlabeled rows.
-
     All [B,K] -> scalar; there may be no unlabeled rows. Squared errors are averaged
-    over classes (published code); the paper sums them.
-    """
+    over classes (published code); the paper sums them."""
     loss_x = F.cross_entropy(logits_x.float(), targets_x.float())
-    errors_u = (logits_u.float().softmax(1) - targets_u) ** 2
-    return loss_x + weight_u * errors_u.sum() / max(1, errors_u.numel())
+    errors_u = (logits_u.float().softmax(1) - targets_u.float()) ** 2
+    loss_u = errors_u.sum() / max(1, errors_u.numel())  # the mean; 0 if there are no rows
+    return loss_x + weight_u * loss_u
 
 # (8) Prototype EMA alignment ---------------------------------------------------------------
 # The prototype o_k of class k is a moving average of the embeddings of its clean images. The
@@ -868,10 +720,8 @@ PROTO_TEMPERATURE = 0.3  # tau, published code
 
 def update_prototypes(prototypes, embeddings, classes, momentum):
     """Eq. 10: o_k <- m o_k + (1-m) z for each z of class k in turn; then norm 1 -> [K,D].
-
     prototypes [K,D], embeddings [B,D], classes int [B]. The n steps of a class make, at once,
-    m^n o_k + sum of (1-m) m^j z, where j is how many z of the class come later.
-    """
+    m^n o_k + sum of (1-m) m^j z, where j is how many z of the class come later."""
     belongs = F.one_hot(classes, len(prototypes)).float()  # [B,K]
     n = belongs.sum(0)  # [K]
     j = n - belongs.cumsum(0)  # [B,K]
@@ -879,17 +729,16 @@ def update_prototypes(prototypes, embeddings, classes, momentum):
     kept = momentum ** n[:, None] * prototypes  # [K,D]
     return F.normalize(kept + weights.T @ embeddings.float())
 
-def prototype_loss(similarity_x, targets_x, similarity_u, targets_u, weight_u):
+def prototype_loss(similarity_x, targets_x, similarity_u, targets_u, weight_u,
+                   temperature=PROTO_TEMPERATURE):
     """Eq. 9: KL(y || q) on clean rows, (q - y)^2 on unlabeled ones, up to constants -> scalar.
-
     similarity: z . o [B,K] of mixed images; q = softmax(similarity / tau); targets [B,K]: the
     mixed ones, y = lam a + (1-lam) b. The published code has
         lam KL(a || q) + (1-lam) KL(b || q)   = cross-entropy(y, q) + a constant,
         lam (q - a)^2 + (1-lam) (q - b)^2     = (q - y)^2 + a constant.
-    DIFFERS: without the constants, which have no gradient, this is Eq. 8 on similarity / tau.
-    """
-    logits_x = similarity_x / PROTO_TEMPERATURE
-    logits_u = similarity_u / PROTO_TEMPERATURE
+    DIFFERS: without the constants, which have no gradient: Eq. 8 on similarity / tau."""
+    logits_x = similarity_x / temperature
+    logits_u = similarity_u / temperature
     return self_training_loss(logits_x, targets_x, logits_u, targets_u, weight_u)
 
 # (9) MoCo queue, noisy supervised contrastive loss -----------------------------------------
@@ -898,14 +747,11 @@ def prototype_loss(similarity_x, targets_x, similarity_u, targets_u, weight_u):
 # with all anchors, keys and earlier keys (the queue). It is pulled to its own key, and to
 # entries of its pseudo-class if both are clean; the others of its class are ignored.
 
-CONTRASTIVE_TEMPERATURE = 0.07  # published code
+CONTRASTIVE_TEMPERATURE = 0.07  # tau, published code
 
 class MomentumQueue:
     """The last `size` keys [n,D] with their classes int [n] and clean flags bool [n].
-
-    DIFFERS: it starts empty; in the published code with random keys, classes and flags.
-    """
-
+    DIFFERS: it starts empty, not with random keys, classes and flags, which would mislead."""
     def __init__(self, size, dim, device="cpu"):
         self.size = size
         self.keys = torch.zeros(0, dim, device=device)
@@ -920,10 +766,8 @@ class MomentumQueue:
 
 def contrastive_masks(classes, clean, num_anchors):
     """Pseudo-classes int [M], clean flags bool [M] -> positives, ignored: bool [A,M] (Eq. 11).
-
     The M entries are the A anchors, their A own keys in the same order, and the queue.
-    positives: same class and both clean, or the own key. ignored: same class, not positive.
-    """
+    positives: same class and both clean, or the own key. ignored: same class, not positive."""
     same_class = classes[:num_anchors, None] == classes  # [A,M]
     both_clean = clean[:num_anchors, None] & clean  # [A,M]
     own_key = torch.zeros_like(same_class)
@@ -931,13 +775,11 @@ def contrastive_masks(classes, clean, num_anchors):
     positives = (same_class & both_clean) | own_key
     return positives, same_class & ~positives
 
-def supcon_loss(features, positives, ignored, temperature):
-    """Eq. 11: mean over anchors of the mean over positives of -log softmax(. / temperature).
-
+def supcon_loss(features, positives, ignored, temperature=CONTRASTIVE_TEMPERATURE):
+    """Eq. 11: mean over anchors of the mean over positives of -log softmax(. / tau).
     features [M,D] of norm 1, the A anchors first; positives, ignored: bool [A,M]. An anchor is
     never contrasted with itself. DIFFERS: ignored entries are left out of a logsumexp in
-    float32; the published code subtracts their sum, and the difference can fall below 0.
-    """
+    float32; the published code subtracts their sum, and the difference can fall below 0."""
     with torch.autocast(features.device.type, enabled=False):
         features = features.float()
         similarity = features[: len(positives)] @ features.T / temperature  # [A,M]
@@ -950,15 +792,19 @@ def supcon_loss(features, positives, ignored, temperature):
     return -(sums / positives.sum(1).clamp_min(1)).mean()
 
 # (10) Evaluation ---------------------------------------------------------------------------
-# The prediction is the class with the largest sum of both networks' logits. Training sees no
-# true labels, unless --flip makes the sets of them. Figures with * need the training images'.
+# The prediction is the class with the largest mean of both networks' logits. Figures with *
+# need true labels of training images, which nothing that trains sees (but for --synthetic).
 
 @torch.inference_mode()
-def predict(net, images, mean, std):
-    """Images uint8 [N,C,H,H] -> logits [N,K], in eval mode. mean, std: of WeakStrongImages."""
-    net.eval()
+def predict(learners, images, mean, std):
+    """Images uint8 [N,C,H,H] -> mean of the networks' logits [N,K]. mean, std: of the data."""
     batches = images.to(mean.device).split(512)
-    return torch.cat([net((batch / 255 - mean) / std)[0] for batch in batches])
+    logits = []
+    for learner in learners:
+        learner.net.eval()
+        outputs = [learner.net((batch / 255 - mean) / std)[0] for batch in batches]
+        logits.append(torch.cat(outputs))
+    return torch.stack(logits).mean(0)
 
 def accuracy(scores, labels):
     """Percentage of images whose label, int [N], has the largest score, [N,K]."""
@@ -970,24 +816,35 @@ def coverage(candidates, labels):
     holds_label = candidates.cpu().gather(1, labels[:, None])
     return 100 * holds_label.float().mean().item()
 
-def evaluate(learners, data, labels, test):
-    """{name: percentage}. labels int [N]: of training; test: (images, labels) or None."""
+def clean_shares(split, candidates):
+    """Percentage of clean sets in each class, [K]; near 0 for a class that is lost or absent.
+    split: predictions [N,K] and w [N]. A set is of the class that is likeliest within it."""
+    probs, clean_prob = split
+    members = F.one_hot((probs * candidates).argmax(1), probs.shape[1])  # [N,K]
+    is_clean = (clean_prob > CLEAN_THRESHOLD)[:, None]  # [N,1]
+    return 100 * (members * is_clean).sum(0) / members.sum(0).clamp_min(1)
+
+def evaluate(learners, data, labels, test, class_names):
+    """{name: figure}. labels int [N]: of training; test: (images, labels) or None."""
     figures = {}
     if test:
-        images, test_labels = test
-        logits = [predict(learner.net, images, data.mean, data.std) for learner in learners]
-        figures["test_acc_net1"] = accuracy(logits[0], test_labels)
-        figures["test_acc_net2"] = accuracy(logits[1], test_labels)
-        figures["test_acc"] = accuracy(sum(logits), test_labels)
-    if learners[0].split and labels.min() >= 0:
+        logits = predict(learners, test[0], data.mean, data.std)
+        figures["test_acc"] = accuracy(logits, test[1])
+    if learners[0].split is not None:
         clean = [learner.split[1].cpu() > CLEAN_THRESHOLD for learner in learners]
-        right = [coverage(data.candidates.cpu()[rows], labels[rows]) for rows in clean]
-        figures["split_precision"] = sum(right) / 2  # clean sets that hold the true label
+        shares = [clean_shares(learner.split, data.candidates) for learner in learners]
+        shares = sum(shares) / 2  # [K]
+        figures["clean"] = sum(clean).sum().item() / 2
+        figures["least_clean"] = shares.min().item()
+        figures["least_class"] = class_names[shares.argmin()]
+        if labels.min() >= 0:
+            right = [coverage(data.candidates.cpu()[rows], labels[rows]) for rows in clean]
+            figures["split_precision"] = sum(right) / 2  # clean sets that hold the true label
     return figures
 
 # (11) Training -----------------------------------------------------------------------------
 # After the warm-up, in every epoch, both networks split the data. Then network 1 trains on the
-# split of network 2, and network 2 on that of network 1.
+# split of network 2, its partner, and network 2 on that of network 1.
 
 def endless_batches(rows, batch_size):
     """Batches without end, in a new order each round; of fewer than 2 rows, empty ones."""
@@ -997,21 +854,18 @@ def endless_batches(rows, batch_size):
             yield rows[:0]
         yield from batches
 
-def co_train_epoch(learner, partner, prototypes, data, cfg, epoch):
+def co_train_epoch(own, partner, prototypes, data, cfg, epoch):
     """A network learns for an epoch from the split of its partner -> means of the loss terms.
-
-    prototypes [K,D] change in place. epoch: from 0, the warm-up counted.
-    """
-    # Published code: every epoch the key encoder starts again as a copy of the network.
-    # DIFFERS: BatchNorm's running statistics are copied, too, as a copy should have them.
-    learner.key_net.load_state_dict(learner.net.state_dict())
+    own, partner: Learners. prototypes [K,D] change in place. epoch: of the run, from 0."""
+    # Published code: each epoch the key encoder starts as a copy; only the partner is in eval
+    # mode, while the network makes labels in training mode.
+    own.key_net.load_state_dict(own.net.state_dict())
     partner.net.eval()
-    learner.net.train()  # after eval(): with --ablate co-pl both are the same network
-    learner.key_net.train()
+    own.net.train()  # after eval(): with --ablate co-pl both are the same network
     partner_probs, clean_prob = partner.split
     rows_x = (clean_prob > CLEAN_THRESHOLD).nonzero().flatten()
     rows_u = (clean_prob <= CLEAN_THRESHOLD).nonzero().flatten()
-    if cfg.ablate == "unlabeled":
+    if "unlabeled" in cfg.ablate:
         rows_u = rows_u[:0]
     # Are Eq. 9-11 used yet? ">" and not ">=": published code. DIFFERS: until then they are not
     # computed, to save time, so prototypes and queue stay as they were.
@@ -1020,7 +874,7 @@ def co_train_epoch(learner, partner, prototypes, data, cfg, epoch):
     batches_x = random_batches(rows_x, cfg.batch_size)
     batches_u = endless_batches(rows_u, cfg.batch_size)
     steps = []
-    for batch_x in tqdm(batches_x, "co-train", disable=None, leave=False):
+    for step, batch_x in enumerate(tqdm(batches_x, "co-train", disable=None, leave=False)):
         batch_u = next(batches_u)
 
         # Views: two weak and two strong ones of every image.
@@ -1034,14 +888,14 @@ def co_train_epoch(learner, partner, prototypes, data, cfg, epoch):
             targets_u = partner_probs[:0]
             if len(batch_u):
                 partner_logits, _ = partner.net(torch.cat([u_w1, u_w2]))
-                logits_u = [learner.net(u_w1)[0], learner.net(u_w2)[0]]
+                logits_u = [own.net(u_w1)[0], own.net(u_w2)[0]]
                 logits_u += partner_logits.chunk(2)
                 probs_u = torch.stack(logits_u).softmax(2)  # [V,B,K], V = 4
                 targets_u = guess_labels(probs_u, cfg.temperature)
 
             # Labels of clean samples: the partner within the set, mixed with the network.
-            logits_w1, embeddings_w1 = learner.net(x_w1)
-            logits_w2, _ = learner.net(x_w2)
+            logits_w1, embeddings_w1 = own.net(x_w1)
+            logits_w2, _ = own.net(x_w2)
             own_probs = (logits_w1.softmax(1) + logits_w2.softmax(1)) / 2
             candidates_x = data.candidates[batch_x]
             targets_x = refine_labels(own_probs, partner_probs[batch_x], candidates_x,
@@ -1050,260 +904,245 @@ def co_train_epoch(learner, partner, prototypes, data, cfg, epoch):
         # Mixup of all strong views; the first n rows count as clean, whatever is mixed in.
         n = 2 * len(batch_x)
         lam, permutation = draw_mixup(len(rows))
-        if cfg.ablate == "mixup":
+        if "mixup" in cfg.ablate:
             lam = 1.0
         targets = torch.cat([targets_x, targets_x, targets_u, targets_u])
-        targets = mixup(targets, lam, permutation)  # [2 B_x + 2 B_u, K]
-        images = mixup(torch.cat([x_s1, x_s2, u_s1, u_s2]), lam, permutation)
+        mixed_targets = mixup(targets, lam, permutation)  # [2 B_x + 2 B_u, K]
+        y_x, y_u = mixed_targets[:n], mixed_targets[n:]
+        mixed_images = mixup(torch.cat([x_s1, x_s2, u_s1, u_s2]), lam, permutation)
 
         # Self-training, Eq. 8.
-        logits, embeddings = learner.net(images)
-        weight_u = cfg.lambda_u * ramp_up(epoch + len(steps) / len(batches_x), cfg.warm_up)
-        loss = self_training_loss(logits[:n], targets[:n], logits[n:], targets[n:], weight_u)
-        terms = {"self": loss}
+        logits, embeddings = own.net(mixed_images)
+        weight_u = cfg.lambda_u * ramp_up(epoch + step / len(batches_x), cfg.warm_up)
+        terms = {"self": self_training_loss(logits[:n], y_x, logits[n:], y_u, weight_u)}
 
-        # Prototypes: weak views move them (Eq. 10), mixed images learn them (Eq. 9; no ramp).
-        if with_representation and cfg.ablate != "prototype":
+        # Prototypes: embeddings of weak views move them (Eq. 10), those of mixed images are
+        # drawn to them (Eq. 9). Published code: here lambda_u has no ramp.
+        if with_representation and "prototype" not in cfg.ablate:
             classes_x = targets_x.argmax(1)
             moved = update_prototypes(prototypes, embeddings_w1, classes_x, cfg.momentum)
             prototypes.copy_(moved)
-            similarity = embeddings @ prototypes.T
-            proto_loss = prototype_loss(similarity[:n], targets[:n],
-                                        similarity[n:], targets[n:], cfg.lambda_u)
+            similarity = embeddings @ prototypes.T  # [2 B_x + 2 B_u, K]
+            proto_loss = prototype_loss(similarity[:n], y_x, similarity[n:], y_u, cfg.lambda_u)
             terms["prototype"] = cfg.proto_weight * proto_loss
 
         # Contrast, Eq. 11: queries of the first strong views, keys of the second, not mixed.
         if with_representation:
-            _, queries = learner.net(torch.cat([x_s1, u_s1]))
+            _, queries = own.net(torch.cat([x_s1, u_s1]))
             with torch.no_grad():
-                weights = zip(learner.key_net.parameters(), learner.net.parameters())
+                weights = zip(own.key_net.parameters(), own.net.parameters())
                 for key_weight, weight in weights:
                     key_weight.mul_(cfg.momentum).add_(weight, alpha=1 - cfg.momentum)
-                _, keys = learner.key_net(torch.cat([x_s2, u_s2]))
+                _, keys = own.key_net(torch.cat([x_s2, u_s2]))
             classes = torch.cat([targets_x, targets_u]).argmax(1)
             clean = torch.arange(len(classes), device=rows.device) < len(batch_x)
-            if cfg.ablate == "supcon":
+            if "supcon" in cfg.ablate:
                 clean[:] = True
-            queue = learner.queue
-            # The M entries: the anchors, their own keys, the queue.
+            queue = own.queue
             all_classes = torch.cat([classes, classes, queue.classes])  # [M]
             all_clean = torch.cat([clean, clean, queue.clean])  # [M]
             features = torch.cat([queries, keys, queue.keys])  # [M,D]
             positives, ignored = contrastive_masks(all_classes, all_clean, len(queries))
-            contrast = supcon_loss(features, positives, ignored, CONTRASTIVE_TEMPERATURE)
+            contrast = supcon_loss(features, positives, ignored)
             terms["contrastive"] = cfg.contrastive_weight * contrast
             queue.push(keys, classes, clean)
 
-        steps.append(learner.step(terms))
+        steps.append(own.step(terms))
     return mean_terms(steps)
 
 def cosine_lr(epoch, lr, period):
-    """Half a cosine from lr to lr/1000 at `period` epochs, where it stays (published code)."""
+    """Half a cosine from lr to lr/1000 at `period` epochs. DIFFERS: it does not rise again."""
     low = lr / 1000
     return low + (lr - low) * (1 + math.cos(math.pi * min(epoch / period, 1))) / 2
 
-def train(learner_1, learner_2, prototypes, data, cfg, records, measure, save):
-    """Trains for the epochs that are left; each appends a record and calls save().
-
-    measure() -> the figures of evaluate(); save() writes the checkpoint.
-    """
-    partner_1, partner_2 = learner_2, learner_1
-    if cfg.ablate == "co-pl":
-        partner_1, partner_2 = learner_1, learner_2
-    print("epoch    phase    loss clean seconds  (test %; clean sets right*, %)")
-    for epoch in range(len(records), cfg.epochs):
-        start = time.time()
+def train_epoch(learners, prototypes, data, cfg, epoch):
+    """Both networks learn for an epoch, counted from 0 -> means of their loss terms."""
+    for learner in learners:
         lr = cosine_lr(epoch, cfg.lr, cfg.lr_period or cfg.epochs)
-        for learner in (learner_1, learner_2):
-            learner.optimizer.param_groups[0]["lr"] = lr
-
-        record = {"epoch": epoch + 1, "phase": "warm-up", "lr": lr, "clean": 0}
-        if epoch < cfg.warm_up:
-            terms_1 = warm_up_epoch(learner_1, data, cfg)
-            terms_2 = warm_up_epoch(learner_2, data, cfg)
-        else:
-            learner_1.split = split_data(learner_1, data, cfg)
-            learner_2.split = split_data(learner_2, data, cfg)
-            clean_probs = torch.stack([learner_1.split[1], learner_2.split[1]])  # [2,N]
-            record["clean"] = (clean_probs > CLEAN_THRESHOLD).sum().item() / 2
-            record["phase"] = "co-train"
-            terms_1 = co_train_epoch(learner_1, partner_1, prototypes, data, cfg, epoch)
-            terms_2 = co_train_epoch(learner_2, partner_2, prototypes, data, cfg, epoch)
-
-        terms = {name: (terms_1[name] + terms_2[name]) / 2 for name in terms_1}
-        weights = [*learner_1.net.parameters(), *learner_2.net.parameters()]
-        finite = all(weight.isfinite().all() for weight in weights)
-        if not finite or not math.isfinite(sum(terms.values())):
-            raise UserError(f"epoch {epoch + 1}: {terms} or weights not finite: lower --lr")
-        record.update(terms, loss=sum(terms.values()), **measure())
-        record["seconds"] = time.time() - start
-        records.append(record)
-        save()
-        line = "{epoch:5} {phase:>8} {loss:7.4f} {clean:5.0f} {seconds:7.1f}"
-        line = line.format(**record)
-        for name in ("test_acc", "split_precision"):
-            line += f" {record[name]:5.1f}" if name in record else " " * 6
-        print(line.rstrip(), flush=True)
+        learner.optimizer.param_groups[0]["lr"] = lr
+    if epoch < cfg.warm_up:
+        terms_1, terms_2 = [warm_up_epoch(learner, data, cfg) for learner in learners]
+    else:
+        for learner in learners:
+            learner.split = split_data(learner, data, cfg)
+        partners = [learners[1], learners[0]]
+        if "co-pl" in cfg.ablate:
+            partners = learners
+        terms_1, terms_2 = [co_train_epoch(own, partner, prototypes, data, cfg, epoch)
+                            for own, partner in zip(learners, partners)]
+    return {name: (terms_1[name] + terms_2[name]) / 2 for name in terms_1}
 
 # (12) The run: files, command line ---------------------------------------------------------
-# A run's folder holds config.json (its settings), annotations.npz (P and what it was made of),
-# metrics.jsonl (a record of every epoch) and checkpoint.pt (all that training goes on with).
+# A run's folder holds checkpoint.pt, all that --resume and load_classifier() need, and, for
+# people, metrics.jsonl (a record of every epoch) and annotations.npz (P, for --annotations).
 
-def pick_device(cfg):
-    """Settings -> torch.device, and whether convolutions are to compute in bfloat16."""
-    name = cfg.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+def read_checkpoint(folder, device="cpu"):
+    """A run's folder -> the dict that run() saved there."""
+    path = Path(folder, "checkpoint.pt")
     try:
-        device = torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: expected one that is here: {error}") from error
-    if cfg.precision != "auto":
-        return device, cfg.precision == "bf16"
-    if device.type == "cuda":
-        return device, torch.cuda.is_bf16_supported(including_emulation=False)
-    if hasattr(torch.cpu, "get_capabilities"):  # Older versions of torch do not tell.
-        return device, torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return device, False
-
-def write_whole(path, content):
-    """Writes bytes to PATH.tmp and renames it, so that PATH is never half written."""
-    try:
-        neighbour = Path(f"{path}.tmp")
-        neighbour.write_bytes(content)
-        neighbour.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} could not be written, and is as before: {error}") from error
-
-def restore(learners, folder, device):
-    """Puts a run's checkpoint into both learners -> the whole checkpoint, a dict."""
-    try:
-        checkpoint = torch.load(folder / "checkpoint.pt", device, weights_only=True)
-        for learner, state in zip(learners, checkpoint["learners"]):
-            learner.load_state(state)
+        checkpoint = torch.load(path, device, weights_only=True)
+        if "settings" not in checkpoint:
+            raise ValueError("it is of an older version of coreg.py")
         return checkpoint
     except Exception as error:  # A damaged file makes torch raise nearly any kind of error.
-        raise UserError(f"{folder}/checkpoint.pt: expected one that is whole and fits the"
-                        f" settings, got {type(error).__name__}") from error
+        raise UserError(f"{path}: expected a run's whole checkpoint, but {error!r}") from error
 
-def run(cfg):
-    """Data -> annotation -> training -> the files of the run."""
-    device, bf16 = pick_device(cfg)
-    name = time.strftime(f"runs/{cfg.dataset}-seed{cfg.seed}-%Y%m%d-%H%M%S")
-    folder = Path(cfg.resume or cfg.output_dir or name)
-    config_path = folder / "config.json"
-    annotations_path = folder / "annotations.npz"
-    if config_path.exists() and not cfg.resume:
-        raise UserError(f"{folder} holds a run: expected another --output-dir, or --resume")
-
-    # Data and candidate sets.
-    pairs, test_pairs, cfg.class_names = read_dataset(cfg)
-    settings = json.dumps(dict(vars(cfg), resume=None, output_dir=None), indent=1)
-    # A resumed run reads its own annotations; config.json keeps the name that the user gave.
-    if annotations_path.exists() and cfg.resume:
-        cfg.annotations = str(annotations_path)
-    images, labels = read_images(pairs, cfg)
-    if len(images) < 2:
-        raise UserError(f"--data-dir {cfg.data_dir}: expected two images that can be read")
-    test = read_images(test_pairs, cfg) if len(test_pairs) else None
-    num_test = len(test[1]) if test else 0
-    print(f"{cfg.dataset}: {len(images)} training, {num_test} test images, on {device}")
-    print(f"{len(cfg.class_names)} classes: {', '.join(cfg.class_names)}")
-    print(f"results go to {folder}")
-    probs = make_probs(cfg, pairs, images, labels, device)
-    candidates = candidate_sets(probs, cfg.candidates)
+def make_sets(cfg, folder, pairs, images, labels, class_names):
+    """Claims the run's folder, writes P to annotations.npz -> candidate sets, bool [N,K]."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = sorted(path.name for path in folder.iterdir())
+    if found or not os.access(folder, os.W_OK):
+        raise UserError(f"{folder}: expected an empty folder that may be written, or --resume;"
+                        f" it holds {found}")
+    if cfg.synthetic:
+        if labels.min() < 0:
+            raise UserError("--synthetic: expected labels of the training images, got none")
+        generator = torch.Generator().manual_seed(cfg.seed)
+        sets = flip_candidates(labels, len(class_names), *cfg.synthetic, generator)
+        probs = sets[None].float()  # one annotator, for whom the labels of a set tie
+    elif cfg.annotations:
+        probs = read_annotations(cfg.annotations, len(images), len(class_names))
+    else:
+        templates = TEMPLATES.get(cfg.templates) or phrases(cfg.templates)
+        if any("{}" not in template for template in templates):
+            raise UserError(f"--templates: expected {{}} for the class in each of {templates}")
+        clip = load_clip(cfg.clip_model, cfg.clip_pretrained, cfg.device)
+        probs = annotate(clip, pairs, class_names, templates, cfg.device)
+    with open(folder / "annotations.npz", "xb") as file:  # fails if it is another run's now
+        np.savez(file, probs=probs)
+    candidates = candidate_sets(probs)
     print(f"candidate sets: {candidates.sum(1).float().mean():.2f} labels on average")
+    answered = probs.sum((0, 2)) > 0  # [N]; of some images all annotators may abstain.
     if labels.min() >= 0:
         print(f"sets without the true label*: {100 - coverage(candidates, labels):.2f} %")
-    if labels.min() >= 0 and not cfg.flip:
-        clip_acc = accuracy(probs.float().mean(0), labels)
+    if labels.min() >= 0 and answered.any() and not cfg.synthetic:
+        clip_acc = accuracy(probs.mean(0)[answered], labels[answered])
         print(f"the annotator, the mean of its templates, is right in*: {clip_acc:.2f} %")
+    return candidates
+
+def run(cfg):
+    """Data -> candidate sets -> training -> the files of the run."""
+    try:
+        device = torch.zeros(1, device=cfg.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {cfg.device}: expected one that works: {error}") from error
+    folder = Path(cfg.resume or cfg.output_dir)
+
+    # Images and candidate sets.
+    pairs, test_pairs, class_names = read_dataset(cfg)
+    pairs, images, labels = read_images(pairs, cfg)
+    if len(images) < 2:
+        raise UserError(f"--data-dir {cfg.data_dir}: expected two training images or more")
+    test = read_images(test_pairs, cfg)[1:] if len(test_pairs) else None
+    num_test = len(test[1]) if test else 0
+    print(f"{cfg.dataset}: {len(images)} training, {num_test} test images, on {device}")
+    print(f"{len(class_names)} classes: {', '.join(class_names)}")
+    print(f"results go to {folder}", flush=True)
+    fingerprint = [zlib.crc32(images.numpy()), class_names]
+    if cfg.resume:
+        checkpoint = read_checkpoint(folder, device)
+        candidates = checkpoint["candidates"]
+        if checkpoint["fingerprint"] != fingerprint:
+            raise UserError(f"--data-dir {cfg.data_dir}: expected the images of {folder}")
+    else:
+        candidates = make_sets(cfg, folder, pairs, images, labels, class_names)
 
     # The state of training, new or from the checkpoint.
     torch.manual_seed(cfg.seed)
     data = WeakStrongImages(images.to(device), candidates.to(device), cfg)
-    learners = [Learner(len(cfg.class_names), cfg, device, bf16) for _ in range(2)]
-    prototypes = torch.zeros(len(cfg.class_names), EMBEDDING_DIM, device=device)
+    learners = [Learner(len(class_names), cfg, device) for _ in range(2)]
+    prototypes = torch.zeros(len(class_names), EMBEDDING_DIM, device=device)
     records = []
-    if cfg.resume and (folder / "checkpoint.pt").exists():
-        checkpoint = restore(learners, folder, device)
+    if cfg.resume:
+        for learner, state in zip(learners, checkpoint["learners"]):
+            learner.load_state(state)
         prototypes = checkpoint["prototypes"]
         records = checkpoint["records"]
         torch.set_rng_state(checkpoint["random_state"].cpu())
 
-    # The folder is claimed only now, so that a mistake found before leaves nothing behind.
-    folder.mkdir(parents=True, exist_ok=True)
-    if cfg.resume:
-        write_whole(config_path, settings.encode())
-    else:
-        with open(config_path, "x") as file:  # fails if another run has claimed it meanwhile
-            file.write(settings)
-    if not (cfg.resume and annotations_path.exists()):
-        content = io.BytesIO()
-        checksum = zlib.crc32(images.numpy())
-        np.savez(content, probs=probs, classes=cfg.class_names, images=checksum)
-        write_whole(annotations_path, content.getbuffer())
-
     def save():
-        lines = [json.dumps(record) + "\n" for record in records]
-        write_whole(folder / "metrics.jsonl", "".join(lines).encode())
-        checkpoint = dict(learners=[learner.state() for learner in learners],
-                          mean=data.mean, std=data.std, prototypes=prototypes,
-                          records=records, random_state=torch.get_rng_state())
-        content = io.BytesIO()
-        torch.save(checkpoint, content)
-        write_whole(folder / "checkpoint.pt", content.getbuffer())
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        Path(folder, "metrics.jsonl").write_text(text)
+        state = dict(
+            settings=vars(cfg), class_names=class_names, fingerprint=fingerprint,
+            candidates=candidates, mean=data.mean, std=data.std, prototypes=prototypes,
+            learners=[learner.state() for learner in learners], records=records,
+            random_state=torch.get_rng_state())
+        content = io.BytesIO()  # torch.save() would hide why a file cannot be written.
+        torch.save(state, content)
+        Path(folder, "checkpoint.tmp").write_bytes(content.getbuffer())
+        os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")  # whole at any time
 
-    if len(records) >= cfg.epochs:
-        print(f"this run is finished; --epochs above {len(records)} would go on with it")
-    else:
-        train(*learners, prototypes, data, cfg, records,
-              lambda: evaluate(learners, data, labels, test), save)
-    result = "finished"
+    if not cfg.resume:
+        save()
+    if len(images) < 20 * cfg.batch_size:
+        print("note: an epoch has fewer than 20 steps; a lower --batch-size learns more")
+    print("epoch    phase    loss   clean   test%  right*% seconds  least clean", flush=True)
+    for epoch in range(len(records), cfg.epochs):
+        start = time.time()
+        terms = train_epoch(learners, prototypes, data, cfg, epoch)
+        loss = sum(terms.values())
+        # Weights, too, since no term has seen the last step.
+        weights = [*learners[0].net.parameters(), *learners[1].net.parameters()]
+        if not math.isfinite(loss) or not all(weight.isfinite().all() for weight in weights):
+            raise UserError(f"epoch {epoch + 1} not finite, {terms}: --resume with lower --lr")
+        phase = "warm-up" if epoch < cfg.warm_up else "co-train"
+        record = {"epoch": epoch + 1, "phase": phase, "loss": loss, **terms}
+        record.update(evaluate(learners, data, labels, test, class_names))
+        record["seconds"] = time.time() - start
+        records.append(record)
+        save()
+        line = f"{epoch + 1:5} {phase:>8} {loss:7.4f}"
+        for name in ("clean", "test_acc", "split_precision", "seconds"):
+            line += f" {record[name]:7.1f}" if name in record else f" {'-':>7}"
+        if "least_clean" in record:
+            line += f"  {record['least_clean']:.0f} % of {record['least_class']}"
+        print(line, flush=True)
+    print(f"finished after epoch {len(records)}, files in {folder}")
     if "test_acc" in records[-1]:
-        result = f"{records[-1]['test_acc']:.1f} % of test images right"
-    print(f"result after epoch {len(records)}: {result}, files in {folder}")
+        print(f"result: {records[-1]['test_acc']:.1f} % of test images right")
 
 def load_classifier(folder, device="cpu"):
     """A run's folder -> class names, function: list of 8-bit PIL images -> probs [n,K]."""
-    cfg = parse(["--resume", str(folder)])
-    learners = [Learner(len(cfg.class_names), cfg, device) for _ in range(2)]
-    checkpoint = restore(learners, Path(folder), device)
+    checkpoint = read_checkpoint(folder, device)
+    cfg = argparse.Namespace(**checkpoint["settings"])
+    learners = [Learner(len(checkpoint["class_names"]), cfg, device) for _ in range(2)]
+    for learner, state in zip(learners, checkpoint["learners"]):
+        learner.load_state(state)
 
     def classify(images):
-        images = [to_rgb(image) for image in images]
-        if cfg.dataset == "folder":
-            images = [centre_square(image) for image in images]
+        if cfg.dataset == "folder":  # Images of other data sets are not cut to squares.
+            images = [to_square(image) for image in images]
         pixels = torch.stack([to_pixels(image, cfg) for image in images])  # [n,C,H,H]
-        mean, std = checkpoint["mean"], checkpoint["std"]
-        logits = [predict(learner.net, pixels, mean, std) for learner in learners]
-        return torch.stack(logits).mean(0).softmax(1)
-
-    return cfg.class_names, classify
+        return predict(learners, pixels, checkpoint["mean"], checkpoint["std"]).softmax(1)
+    return checkpoint["class_names"], classify
 
 def main(argv=None):
     """Command line -> exit code: 0, 2 (the user can mend it), 130 (Ctrl-C); or SystemExit."""
+    folder = "a run"
     try:
-        run(parse(argv))
+        cfg = parse(argv)
+        folder = cfg.resume or cfg.output_dir
+        run(cfg)
         return 0
     except KeyboardInterrupt:
-        text = "coreg.py: interrupted; --resume goes on with a run that has begun to train"
-        print(text, file=sys.stderr)
+        print(f"coreg.py: interrupted; --resume {folder} goes on with it", file=sys.stderr)
         return 130
     except (UserError, OSError) as error:
+        if isinstance(error, OSError) and not error.filename:  # a full disk
+            error = f"{folder}: {error}"
         print("coreg.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2
 
 # (13) Appendix: TinyCLIP -------------------------------------------------------------------
-# The annotator of the digits has CLIP's interface and learns nothing: its text encoder draws
-# the prompt in a style, and a feature is the 64 pixels of a drawing or an image, centred and
-# of norm 1. It errs, and its templates disagree. Styles and numbers were chosen with true
-# labels, so that the sets are neither right nor useless.
+# The annotator of the digits has CLIP's interface and learns nothing: it draws the prompt in
+# a style, and a feature is the 64 pixels of a drawing or an image, centred, of norm 1. It
+# errs, and its templates disagree. Styles and numbers were chosen with true labels.
 
 class TinyCLIP:
     """What annotate() needs of a CLIP, without weights; it always normalizes."""
 
-    logit_scale = torch.tensor(20.0).log()
+    logit_scale = torch.tensor(20.0).log()  # annotate() takes its exp, as of CLIP's.
 
     def encode_image(self, images, normalize):
         pixels = images.flatten(1)  # [B,64]
@@ -1311,30 +1150,31 @@ class TinyCLIP:
 
     encode_text = encode_image  # The "tokens" of a prompt are its drawing.
 
-    @staticmethod
-    def preprocess(image):
-        return TF.pil_to_tensor(image.convert("L").resize((8, 8))) / 255
+def tiny_pixels(image):
+    """The preprocessing: PIL image -> float [1,8,8]."""
+    return TF.pil_to_tensor(image.convert("L").resize((8, 8))) / 255
 
-    @staticmethod
-    def tokenize(prompts):
-        return torch.stack([TinyCLIP.preprocess(draw(prompt)) for prompt in prompts])
-
-def draw(prompt):
-    """A prompt such as 'a wide number six' -> PIL image, 8 x 8 pixels."""
-    words = prompt.split()
-    if words[-1] not in DIGITS:
-        raise UserError(f"--clip-model tiny: expected 'a wide number six', got {prompt!r}")
-    font = ImageFont.load_default_imagefont()  # made of few pixels
-    if "printed" in words:
-        font = ImageFont.load_default(30)  # made of outlines
-    width = 16 if "narrow" in words else 30 if "wide" in words else 20
-    degrees = -15.0 if "slanted" in words else 0.0
-    image = Image.new("L", (64, 64))
-    digit = str(DIGITS.index(words[-1]))
-    ImageDraw.Draw(image).text((20, 12), digit, 255, font, stroke_width=1)
-    image = image.crop(image.getbbox()).resize((width, 40))
-    image = TF.affine(TF.center_crop(image, 64), 0, [0, 0], 1.0, [degrees, 0.0])
-    return ImageOps.pad(image.crop(image.getbbox()), (8, 8), Image.Resampling.BOX)
+def draw(prompts):
+    """The tokenizer: prompts such as 'a wide number six' -> drawings, float [n,1,8,8]."""
+    drawings = []
+    for prompt in prompts:
+        words = prompt.split()
+        if len(words) != 4 or words[3] not in DIGITS:
+            raise UserError(f"--clip-model tiny: expected 'a wide number six', got {prompt!r}")
+        style = words[1]
+        width = {"narrow": 16, "wide": 30}.get(style, 20)
+        slant = {"slanted": -15.0}.get(style, 0.0)  # in degrees
+        font = ImageFont.load_default_imagefont()  # made of few pixels
+        if style == "printed":
+            font = ImageFont.load_default(30)  # made of outlines
+        image = Image.new("L", (64, 64))
+        digit = str(DIGITS.index(words[3]))
+        ImageDraw.Draw(image).text((20, 12), digit, 255, font, stroke_width=1)
+        image = image.crop(image.getbbox()).resize((width, 40))
+        image = TF.affine(TF.center_crop(image, 64), 0, [0, 0], 1.0, [slant, 0.0])
+        image = ImageOps.pad(image.crop(image.getbbox()), (8, 8), Image.Resampling.BOX)
+        drawings.append(tiny_pixels(image))
+    return torch.stack(drawings)
 
 if __name__ == "__main__":
     sys.exit(main())
