@@ -2,7 +2,7 @@
 """Co-Reg: a small image classifier from unlabeled images and a vision-language model.
 
 CLIP labels every image once per prompt template. These labels are the image's candidate set,
-which may lack the true one. Two networks clean the sets for each other: the method
+which may lack the true one. Two networks pick out the clean sets for each other: the method
 of "Pre-Trained Vision-Language Models as Partial Annotators" (arXiv 2406.18550, AAAI 2025).
 
     python coreg.py                     # digits; a stand-in for CLIP, section 13; no download
@@ -43,19 +43,19 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-# Shapes in comments: N images, K classes, T prompt templates, B a batch, n some of N or B,
-# V views, C channels, H side of an image, D embedding, E epochs; A and M: section 9. Endings
+# Shapes in comments: N images, K classes, T prompt templates, B a batch, n some of N or B, V
+# predictions, C channels, H side of an image, D embedding, E epochs; A, M: section 9. Endings
 # of names: _x clean samples, _u unlabeled ones, _w1 _w2 weak views, _s1 _s2 strong views.
 
 # (0) Settings ------------------------------------------------------------------------------
-# A setting is a flag. Of several values the first counts: on the command line, of the run to
-# resume, of the preset (PRESETS, section 1), the default below, which is the paper's.
+# A setting is a flag. Its value is the first that is found: on the command line, in the run to
+# resume, in the preset of the data set (section 1), in the defaults below (for CIFAR-10).
 
 class UserError(Exception):
     """A mistake that the user can mend: main() prints it in one line and returns 2."""
 
 def between(kind, low, high=1e9):
-    """A type for argparse: an int or float from low to high."""
+    """A type for argparse: an int or float from low to high. Its errors say "number"."""
     def number(text):
         value = kind(text)
         if not low <= value <= high:
@@ -64,7 +64,7 @@ def between(kind, low, high=1e9):
     return number
 
 def parse(argv):
-    """Words of the command line -> settings. Errors: SystemExit 2; of --resume, UserError."""
+    """Words of the command line -> settings. SystemExit(2), or UserError: bad --resume."""
     usage = "coreg.py [--flag value ...]; coreg.py --help shows all flags"
     parser = argparse.ArgumentParser("coreg.py", usage, add_help=False, allow_abbrev=False)
 
@@ -80,8 +80,8 @@ def parse(argv):
     flag("--image-size", 32, between(int, 8), "side in pixels of what the networks see")
     flag("--channels", 3, int, "1: grey, 3: colour", choices=[1, 3])
     flag("--mirror", 1, int, "mirror views; 0 for text, digits, signs", choices=[0, 1])
-    flag("--cutout", [0, 0.5], between(float, 0, 1), "least and most of the side", nargs=2)
-    flag("--annotations", None, path, "an .npz with probs [T,N,K]; N: readable images by path")
+    flag("--cutout", [0, 0.5], between(float, 0, 1), "of the side: least, most", nargs=2)
+    flag("--annotations", None, path, "an .npz of probs [T,N,K]; images as in annotations.npz")
     flag("--synthetic", None, between(float, 0, 1), "sets made of TRUE labels: the chance of a"
          " wrong label to join, and that of the true one to be replaced", nargs=2)
     flag("--clip-model", "ViT-B-32-quickgelu", str, "a model of open_clip; or tiny")
@@ -89,12 +89,12 @@ def parse(argv):
     flag("--templates", "small", str, "small, digits, or prompts: 'a {}; the {}'")
     flag("--epochs", 800, between(int, 1), "in all")
     flag("--warm-up", 50, between(int, 0), "epochs on whole sets; raise it for noisy sets")
-    flag("--start-contrastive", 10, between(int, 0), "prototypes and contrast begin after this"
-         " number of epochs of co-training and one more")
-    flag("--batch-size", 256, between(int, 2), "clean images in a batch; small for few images")
+    flag("--start-contrastive", 10, between(int, 0), "epochs of co-training before prototypes"
+         " and contrast begin (one more than this)")
+    flag("--batch-size", 256, between(int, 2), "clean images in a batch; N/20 or less")
     flag("--lr", 0.01, between(float, 0), "learning rate; lower it if the loss is not finite")
-    flag("--lr-period", 800, between(int, 0), "epochs of the cosine of lr, in the published"
-         " code 800 even for 100 epochs; 0: all")
+    flag("--lr-period", 800, between(int, 0), "epochs in which lr falls along a cosine: 800"
+         " even for 100 epochs, as in the published code; 0: all epochs")
     flag("--width", 64, between(int, 1), "channels of the ResNet; 16 suits a CPU")
     flag("--temperature", 0.5, between(float, 0.01), "below 1 makes new labels surer")
     flag("--lambda-u", 1.0, between(float, 0), "weight of unlabeled images")
@@ -102,9 +102,9 @@ def parse(argv):
     flag("--contrastive-weight", 0.1, between(float, 0), "weight of the contrastive loss")
     flag("--momentum", 0.999, between(float, 0, 1), "of prototypes and key encoders")
     flag("--queue-size", 8192, between(int, 1), "keys in each queue")
-    flag("--ablate", [], str, "parts to leave out; split: all sets count as clean; supcon:"
-         " all samples of the contrast do", choices=ablations, nargs="+")
-    flag("--seed", 0, between(int, 0), "of networks, order of images, views, synthetic sets")
+    flag("--ablate", [], str, "parts to leave out; split: all sets count as clean; supcon: in"
+         " the contrast all samples count as clean", choices=ablations, nargs="+")
+    flag("--seed", 0, between(int, 0), "of networks, order, views, mixup, synthetic sets")
     flag("--device", "cuda" if torch.cuda.is_available() else "cpu", str, "or mps, cuda:N")
     flag("--precision", "auto", str, "auto: bf16 if fast", choices=["auto", "bf16", "fp32"])
     flag("--output-dir", None, path, "the run's folder; else runs/DATASET-seedN-DATE-TIME")
@@ -122,11 +122,11 @@ def parse(argv):
     parser.add_argument("-h", "--help", action="help", help="show this")
     parser.epilog = f"In brackets: the defaults of this command. Presets: {PRESETS}"
     cfg = parser.parse_args(argv)
-    # A run keeps what was used before training, and the shapes of networks and views.
+    # A run keeps what was used before training, and what fixes the sizes of its tensors.
     kept = """dataset classes num_samples annotations synthetic clip_model clip_pretrained
         templates seed output_dir image_size channels width queue_size"""
     for name in kept.split():
-        if chosen.resume and getattr(cfg, name) != saved[name]:
+        if chosen.resume and getattr(cfg, name) != saved.get(name):
             parser.error(f"--resume: leave --{name.replace('_', '-')} out: a run keeps it")
     if cfg.warm_up > cfg.epochs:
         parser.error(f"--warm-up {cfg.warm_up} is more than --epochs {cfg.epochs}: set both")
@@ -203,15 +203,17 @@ def open_image(path):
     try:
         image = Image.open(path)
         image.load()
+        if image.mode[0] in "IF":  # RGB would make them white or black.
+            raise ValueError("it has more than 8 bits a channel")
     except Exception as error:  # A broken file makes Pillow raise nearly any kind of error.
         raise UserError(f"{path}: expected an image that can be read, but {error}") from error
     return to_square(image)
 
 def find_images(root):
-    """Pairs (image file at any depth, folder right below root that it is in, or ""), sorted
-    by the parts of the path, so class after class. NFC: of "é" Unicode has two forms."""
+    """Pairs (image file at any depth, its folder right below root or ""), sorted by the parts
+    of the path, so class after class. NFC makes both forms of "é" in Unicode equal."""
     def fail(error):
-        raise UserError(f"expected a folder of images, but {error}") from error
+        raise UserError(f"--data-dir: expected a folder of images, but {error}") from error
 
     pairs = []
     visited = set()
@@ -230,8 +232,8 @@ def find_images(root):
 
 def read_photos(root, classes):
     """root/train and perhaps root/test -> training pairs, test pairs, class names.
-    Folders in train/ name the classes; but if these are given, a text such as "cat,dog",
-    images of train/ have no labels, and lie anywhere in it."""
+    Folders in train/ name the classes. With classes, a text such as "cat,dog", the images of
+    train/ have no labels, and lie anywhere in it."""
     train = find_images(f"{root}/train")
     test = find_images(f"{root}/test") if Path(root, "test").exists() else []
     names = sorted({folder for _, folder in train})
@@ -269,11 +271,11 @@ def read_dataset(cfg):
         try:
             train, test = read_known(cfg.dataset, cfg.data_dir)
         except (OSError, RuntimeError, EOFError, TarError, BadZipFile) as error:
-            text = f"--data-dir {cfg.data_dir}: expected a whole {cfg.dataset}, but {error!r}"
+            text = f"--data-dir {cfg.data_dir}: expected all of {cfg.dataset}, but {error!r}"
             raise UserError(text) from error
         names = CLASS_NAMES.get(cfg.dataset) or train.classes
     if len(names) < 2 or len(set(names)) < len(names) or "" in names:
-        raise UserError(f"--classes: expected two or more different names, got {names}")
+        raise UserError(f"--data-dir, --classes: expected two or more classes, got {names}")
     # This order is the same for every --seed. Its last fifth is held out if there is no test
     # part (published code, for EuroSAT and FER2013); --num-samples takes its first images.
     rows = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
@@ -281,7 +283,7 @@ def read_dataset(cfg):
         num_train = round(0.8 * len(rows))
         test = Subset(train, rows[num_train:])
         rows = rows[:num_train]
-    return Subset(train, sorted(rows[: cfg.num_samples])), test, names  # [:None]: all
+    return Subset(train, sorted(rows[: cfg.num_samples])), test, names  # [:None] keeps all
 
 def load(pairs, transform):
     """Pairs -> batches (rows, transformed images, labels) of those that can be read.
@@ -292,7 +294,7 @@ def load(pairs, transform):
             if isinstance(image, Path):
                 image = open_image(image)
         except UserError as error:
-            return print(f"left out: {error}", file=sys.stderr)
+            return print(f"left out: {error}", file=sys.stderr)  # None
         return row, transform(image), label
 
     with ThreadPoolExecutor(4) as pool:
@@ -322,8 +324,8 @@ def read_images(pairs, cfg):
 
 def candidate_sets(probs, mode="multi_prompt"):
     """P [T,N,K] -> candidate sets S_i = {argmax_k P[t,i,k] : t = 1..T}, bool [N,K].
-    DIFFERS: labels that tie all count, since a person may tick two. A row of zeros abstains;
-    a set that stays empty becomes full. Mode argmax: only the answer of the mean over t."""
+    DIFFERS: labels that tie all count, since P may be people's votes. A row of zeros abstains;
+    a set that stays empty becomes full. mode="argmax": only the answer of the mean over t."""
     if mode == "argmax":
         probs = probs.float().mean(0, keepdim=True)  # [1,N,K]
     largest = probs.amax(2, keepdim=True)  # [T,N,1]
@@ -332,7 +334,7 @@ def candidate_sets(probs, mode="multi_prompt"):
     return candidates
 
 def flip_candidates(labels, num_classes, partial_rate, noise_rate, generator=None):
-    """True labels int [N] -> synthetic candidate sets, bool [N,K] (the paper's Table 3).
+    """True labels int [N], on the CPU -> synthetic sets, bool [N,K] (the paper's Table 3).
     A wrong label joins with chance partial_rate. Then, with chance noise_rate, a label drawn
     from outside the set takes the true label's place; a full set stays as it is."""
     joins = torch.rand(len(labels), num_classes, generator=generator) < partial_rate
@@ -365,7 +367,7 @@ def annotate(clip, pairs, class_names, templates, device):
         tokens = tokenizer([template.replace("{}", name) for name in class_names])
         # Names may differ in capitals alone, or after 77 tokens, where CLIP cuts them off.
         if len(tokens.unique(dim=0)) < len(class_names):
-            raise UserError(f"CLIP reads {template!r} alike for two classes of {class_names}")
+            raise UserError(f"CLIP reads {template!r} alike for two of {class_names}: rename")
         text_features.append(model.encode_text(tokens.to(device), normalize=True))  # [K,D]
     text_features = torch.stack(text_features)  # [T,K,D]
     probs = []
@@ -375,7 +377,7 @@ def annotate(clip, pairs, class_names, templates, device):
         probs.append(logits.float().softmax(2).cpu())
     probs = torch.cat(probs, 1)
     if probs.shape[1] < len(pairs):  # Rows of P and of the images would not belong together.
-        raise UserError("an image that could be read a moment ago cannot be read now")
+        raise UserError("an image that was read before cannot be read now: mend or remove it")
     return probs
 
 def read_annotations(path, num_images, num_classes):
@@ -397,7 +399,7 @@ def read_annotations(path, num_images, num_classes):
 # numbers come from the CPU's generator; on a CPU a resumed run therefore goes on exactly.
 
 def crop_and_mirror(images, mirror):
-    """Shifts [B,C,H,H] by up to 1/8 of the side, black beyond; may mirror half the images."""
+    """Shifts images [B,C,H,H] by up to 1/8 of the side, black beyond; mirrors half of them."""
     count, _, side, _ = images.shape
     most = round(side / 8)
     # theta maps a place (x, y, 1) of the view to one of the image; x and y run from -1 to 1.
@@ -410,7 +412,7 @@ def crop_and_mirror(images, mirror):
 
 def random_operation(images):
     """One of RandAugment's 14 operations for each 16th part of a batch, [B,3,H,H] in 0..1.
-    DIFFERS: torchvision's ranges; in the published code each image has its own operation."""
+    DIFFERS: torchvision's ranges; in the published code each image draws its operation."""
     changed = []
     for part in images.chunk(16):
         magnitude = torch.randint(31, ()).item()  # torchvision counts strength from 0 to 30.
@@ -419,8 +421,8 @@ def random_operation(images):
 
 def cutout(images, smallest, largest):
     """Sets a square anywhere in normalised images [B,C,H,H] to 0, the mean of all pixels.
-    Its side is a random share of the image's, from smallest to largest. DIFFERS: cut off at
-    the edges, for plain code; and no fixed colour, which ruins training on dark pictures."""
+    Its side is smallest to largest times the image's. DIFFERS: it may reach over the edge, for
+    plain code; the published code's fixed colour would ruin training on dark pictures."""
     count, _, side, _ = images.shape
     half = side / 2 * (smallest + (largest - smallest) * torch.rand(count, 1))  # [B,1]
     row = side * torch.rand(count, 1)  # of the square's centre, [B,1]
@@ -432,7 +434,7 @@ def cutout(images, smallest, largest):
     return images.masked_fill(inside.to(images.device), 0)
 
 class WeakStrongImages:
-    """Training images uint8 [N,C,H,H], sets bool [N,K]; views of chosen rows, float [B,C,H,H].
+    """Training images uint8 [N,C,H,H], sets bool [N,K]; weak or strong views of rows int [B].
     DIFFERS: mean and deviation are measured, since users bring their own images."""
     def __init__(self, images, candidates, cfg):
         self.images = images
@@ -463,13 +465,13 @@ EMBEDDING_DIM = 128  # D, published code
 SGD_SETTINGS = dict(momentum=0.9, weight_decay=5e-4)  # published code
 
 def bf16_is_fast(device):
-    """Do convolutions on it take less time in bfloat16? On new GPUs and some CPUs they do."""
+    """Are convolutions on a torch.device faster in bfloat16? On new GPUs and some CPUs."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 class PreActBlock(nn.Module):
-    """Two convolutions and a shortcut; both branches begin after the first BatchNorm, ReLU."""
+    """Two convolutions and a shortcut, which, too, begins after the first BatchNorm, ReLU."""
     def __init__(self, in_channels, channels, stride):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
@@ -497,7 +499,7 @@ class CoRegNet(nn.Module):
         layers += [nn.BatchNorm2d(width), nn.ReLU()]
         dim = width
         for channels in (width, 2 * width, 4 * width, 8 * width):
-            # Every stage halves the sides, but for the first one of images under 64 pixels.
+            # Each stage halves the sides, but not the first if images have under 64 pixels.
             stride = 1 if channels == width and image_size < 64 else 2
             layers += [PreActBlock(dim, channels, stride), PreActBlock(channels, channels, 1)]
             dim = channels
@@ -513,7 +515,7 @@ class CoRegNet(nn.Module):
 
 class Learner:
     """One of the two networks with all that belongs to it alone. key_net, queue: section 9.
-    losses: of the last epochs, [N] each; split: predictions [N,K] and w [N]; section 6."""
+    losses: [N] of each of the last epochs; split: what split_data() returned; section 6."""
     def __init__(self, num_classes, cfg, device):
         net = CoRegNet(num_classes, cfg.channels, cfg.image_size, cfg.width, EMBEDDING_DIM)
         self.net = net.to(device, memory_format=torch.channels_last)
@@ -547,7 +549,7 @@ class Learner:
 # (5) Warm-up -------------------------------------------------------------------------------
 # "Supervised Training": each network by itself learns, on strong views, that the labels of
 # a set together have probability 1. Eq. 2 keeps it unsure, lest it learn wrong sets by heart.
-# This and all later losses and labels take any dtype and compute in float32.
+# The losses and labels from here on take any dtype and compute in float32.
 
 def partial_cross_entropy(logits, candidates):
     """Eq. 1: mean of -log(sum_{k in S_i} p_ik + 1e-5). logits [B,K], S bool [B,K] -> scalar.
@@ -588,7 +590,7 @@ def warm_up_epoch(learner, data, cfg):
 # (6) GMM split -----------------------------------------------------------------------------
 # "Co-Pseudo-Labeling": before each later epoch both networks judge all sets. A set with the
 # true label is learnt early, so its loss is small. Two Gaussians are fitted to the losses; w_i
-# is the probability that loss i belongs to the lower one, that is, that set i is clean. The
+# is the probability that l_i is of the Gaussian of lower mean, so that set i is clean. The
 # paper does not mention alignment, scaling, averaging and the numbers below (published code).
 
 MIXTURE_SETTINGS = dict(n_components=2, max_iter=10, tol=1e-2, reg_covar=5e-4)
@@ -609,7 +611,7 @@ def max_candidate_loss(probs, candidates):
 
 def clean_probability(loss_history):
     """Losses [E,N], newest last -> w [N], the posterior of the component with the lower mean.
-    Each epoch's losses are scaled to 0..1, the last epochs' averaged. Equal ones: w = 0."""
+    Each epoch's losses are scaled to 0..1, the last epochs' averaged. All equal: w = 0."""
     losses = loss_history[-HISTORY_EPOCHS:].float().clamp_max(MAX_LOSS)
     low = losses.amin(1, keepdim=True)  # [E,1]
     high = losses.amax(1, keepdim=True)  # [E,1]
@@ -624,7 +626,7 @@ def clean_probability(loss_history):
     return torch.from_numpy(posterior).to(losses)
 
 def balance_classes(clean_prob, losses, classes):
-    """w, losses [N] -> new w: of each class the same share is clean, those of lowest loss.
+    """w, losses [N] -> new w: the same share of each class is clean, its sets of lowest loss.
     classes int [N]: the likeliest label in each set. DIFFERS (with --balance): one mixture
     over all classes can call no set of a hard class clean; the class is then not learnt."""
     share = (clean_prob > CLEAN_THRESHOLD).float().mean().item()
@@ -633,14 +635,14 @@ def balance_classes(clean_prob, losses, classes):
         members = (classes == k).nonzero().flatten()
         num_clean = round(share * len(members))
         lowest = members[losses[members].argsort()[:num_clean]]
-        balanced[lowest] = clean_prob[lowest].clamp_min(0.75)  # a number above the threshold
+        balanced[lowest] = clean_prob[lowest].clamp_min(0.75)  # any above the threshold
     return balanced
 
 @torch.no_grad()
 def split_data(learner, data, cfg):
-    """A network judges all sets -> aligned predictions [N,K], w [N]; notes learner.losses.
-    DIFFERS: the alignment takes the mean of this pass, not partly an older one; and if hardly
-    any set is clean, where the published code fails, the tenth of lowest loss is clean."""
+    """A network judges all sets -> aligned predictions [N,K], w [N]; adds to learner.losses.
+    DIFFERS: the alignment takes the mean of this pass, not partly an older one; and if fewer
+    sets than a batch and than a tenth are clean, the tenth of lowest loss counts as clean."""
     learner.net.eval()
     batches = torch.arange(len(data), device=data.images.device).split(512)  # to fit in memory
     logits = torch.cat([learner.net(data.weak(rows))[0] for rows in batches])
@@ -651,7 +653,7 @@ def split_data(learner, data, cfg):
     losses = max_candidate_loss(probs, data.candidates)  # [N]
     learner.losses = [*learner.losses, losses][-HISTORY_EPOCHS:]
     if "split" in cfg.ablate:
-        return probs, torch.ones_like(losses)  # w = 1: Eq. 6 is then the partner's word alone
+        return probs, torch.ones_like(losses)  # w = 1: Eq. 6 takes the partner alone
     clean_prob = clean_probability(torch.stack(learner.losses))
     if cfg.balance:
         classes = (probs * data.candidates).argmax(1)
@@ -665,9 +667,9 @@ def split_data(learner, data, cfg):
     return probs, clean_prob
 
 # (7) Co-pseudo-labeling, sharpening, mixup -------------------------------------------------
-# The target of a clean sample is w times the partner's prediction within the set, plus 1 - w
-# times the network's own over all classes. The target of an unlabeled sample is the mean of
-# both networks. Mixup, its Beta(4,4) and the ramp are only in the published code.
+# Each network learns from the split of the other, its partner. The target of a clean sample is
+# w times the partner's prediction within the set, plus 1 - w times the network's own; that of
+# an unlabeled one, the mean of both. Mixup, Beta(4,4) and ramp are only in the published code.
 
 MIXUP_ALPHA = 4.0
 RAMP_EPOCHS = 16
@@ -678,15 +680,15 @@ def sharpen(probs, temperature):
 
 def refine_labels(own_probs, partner_probs, candidates, clean_prob, temperature):
     """Targets of clean samples, Eq. 6 and 7: sharpen(w r + (1-w) own). [B,K], w [B] -> [B,K].
-    own: own_probs, the network's mean over both weak views. r: partner_probs within the set,
-    normalised (Eq. 5). w: clean_prob, from the partner's split."""
+    own: own_probs, means over both weak views. r: partner_probs within the set, normalised
+    (Eq. 5). w: clean_prob, from the partner's split."""
     inside = partner_probs.float().clamp_min(1e-12) * candidates  # 1e-12: where all underflow
     r = inside / inside.sum(1, keepdim=True)
     w = clean_prob[:, None]
     return sharpen(w * r + (1 - w) * own_probs, temperature)
 
 def guess_labels(probs, temperature):
-    """Targets of unlabeled samples, Eq. 6 and 7: the sharpened mean. [V,B,K] -> [B,K]."""
+    """Targets of unlabeled samples, Eq. 6, 7: the sharpened mean of V predictions [V,B,K]."""
     return sharpen(probs.float().mean(0), temperature)
 
 def draw_mixup(count):
@@ -732,7 +734,7 @@ def update_prototypes(prototypes, embeddings, classes, momentum):
 def prototype_loss(similarity_x, targets_x, similarity_u, targets_u, weight_u,
                    temperature=PROTO_TEMPERATURE):
     """Eq. 9: KL(y || q) on clean rows, (q - y)^2 on unlabeled ones, up to constants -> scalar.
-    similarity: z . o [B,K] of mixed images; q = softmax(similarity / tau); targets [B,K]: the
+    similarity_x, _u: z . o [B,K] of mixed images; q = softmax(similarity / tau); targets: the
     mixed ones, y = lam a + (1-lam) b. The published code has
         lam KL(a || q) + (1-lam) KL(b || q)   = cross-entropy(y, q) + a constant,
         lam (q - a)^2 + (1-lam) (q - b)^2     = (q - y)^2 + a constant.
@@ -743,9 +745,9 @@ def prototype_loss(similarity_x, targets_x, similarity_u, targets_u, weight_u,
 
 # (9) MoCo queue, noisy supervised contrastive loss -----------------------------------------
 # "Noisy Contrastive Learning". An anchor is the embedding of an image's first strong view. Its
-# key is that of the second, by a slowly moving copy of the network. An anchor is contrasted
-# with all anchors, keys and earlier keys (the queue). It is pulled to its own key, and to
-# entries of its pseudo-class if both are clean; the others of its class are ignored.
+# key is that of the second, by a slowly moving copy of the network. Each of A anchors is
+# contrasted with M entries: the anchors but itself, all keys, earlier keys (the queue). It is
+# pulled to its key and, if both are clean, to its pseudo-class; of this the rest is ignored.
 
 CONTRASTIVE_TEMPERATURE = 0.07  # tau, published code
 
@@ -766,8 +768,8 @@ class MomentumQueue:
 
 def contrastive_masks(classes, clean, num_anchors):
     """Pseudo-classes int [M], clean flags bool [M] -> positives, ignored: bool [A,M] (Eq. 11).
-    The M entries are the A anchors, their A own keys in the same order, and the queue.
-    positives: same class and both clean, or the own key. ignored: same class, not positive."""
+    The M entries are the A anchors, their A own keys in the same order, the queue. Positives:
+    same class and both clean (itself, too), or the own key. Ignored: same class, the rest."""
     same_class = classes[:num_anchors, None] == classes  # [A,M]
     both_clean = clean[:num_anchors, None] & clean  # [A,M]
     own_key = torch.zeros_like(same_class)
@@ -793,7 +795,7 @@ def supcon_loss(features, positives, ignored, temperature=CONTRASTIVE_TEMPERATUR
 
 # (10) Evaluation ---------------------------------------------------------------------------
 # The prediction is the class with the largest mean of both networks' logits. Figures with *
-# need true labels of training images, which nothing that trains sees (but for --synthetic).
+# need true labels of training images, which training never sees (but for --synthetic).
 
 @torch.inference_mode()
 def predict(learners, images, mean, std):
@@ -847,7 +849,7 @@ def evaluate(learners, data, labels, test, class_names):
 # split of network 2, its partner, and network 2 on that of network 1.
 
 def endless_batches(rows, batch_size):
-    """Batches without end, in a new order each round; of fewer than 2 rows, empty ones."""
+    """Batches without end, a new order each round; with fewer than 2 rows, empty batches."""
     while True:
         batches = random_batches(rows, batch_size)
         if not batches:
@@ -916,7 +918,7 @@ def co_train_epoch(own, partner, prototypes, data, cfg, epoch):
         weight_u = cfg.lambda_u * ramp_up(epoch + step / len(batches_x), cfg.warm_up)
         terms = {"self": self_training_loss(logits[:n], y_x, logits[n:], y_u, weight_u)}
 
-        # Prototypes: embeddings of weak views move them (Eq. 10), those of mixed images are
+        # Prototypes: first weak views of clean samples move them (Eq. 10), mixed images are
         # drawn to them (Eq. 9). Published code: here lambda_u has no ramp.
         if with_representation and "prototype" not in cfg.ablate:
             classes_x = targets_x.argmax(1)
@@ -938,14 +940,13 @@ def co_train_epoch(own, partner, prototypes, data, cfg, epoch):
             clean = torch.arange(len(classes), device=rows.device) < len(batch_x)
             if "supcon" in cfg.ablate:
                 clean[:] = True
-            queue = own.queue
-            all_classes = torch.cat([classes, classes, queue.classes])  # [M]
-            all_clean = torch.cat([clean, clean, queue.clean])  # [M]
-            features = torch.cat([queries, keys, queue.keys])  # [M,D]
+            all_classes = torch.cat([classes, classes, own.queue.classes])  # [M]
+            all_clean = torch.cat([clean, clean, own.queue.clean])  # [M]
+            features = torch.cat([queries, keys, own.queue.keys])  # [M,D]
             positives, ignored = contrastive_masks(all_classes, all_clean, len(queries))
             contrast = supcon_loss(features, positives, ignored)
             terms["contrastive"] = cfg.contrastive_weight * contrast
-            queue.push(keys, classes, clean)
+            own.queue.push(keys, classes, clean)
 
         steps.append(own.step(terms))
     return mean_terms(steps)
@@ -985,15 +986,15 @@ def read_checkpoint(folder, device="cpu"):
             raise ValueError("it is of an older version of coreg.py")
         return checkpoint
     except Exception as error:  # A damaged file makes torch raise nearly any kind of error.
-        raise UserError(f"{path}: expected a run's whole checkpoint, but {error!r}") from error
+        raise UserError(f"{path}: expected a run's complete checkpoint: {error!r}") from error
 
 def make_sets(cfg, folder, pairs, images, labels, class_names):
     """Claims the run's folder, writes P to annotations.npz -> candidate sets, bool [N,K]."""
     folder.mkdir(parents=True, exist_ok=True)
     found = sorted(path.name for path in folder.iterdir())
     if found or not os.access(folder, os.W_OK):
-        raise UserError(f"{folder}: expected an empty folder that may be written, or --resume;"
-                        f" it holds {found}")
+        raise UserError(f"{folder}: expected an empty folder that may be written, or --resume"
+                        f" if it holds checkpoint.pt; it holds {found}")
     if cfg.synthetic:
         if labels.min() < 0:
             raise UserError("--synthetic: expected labels of the training images, got none")
@@ -1028,7 +1029,6 @@ def run(cfg):
         raise UserError(f"--device {cfg.device}: expected one that works: {error}") from error
     folder = Path(cfg.resume or cfg.output_dir)
 
-    # Images and candidate sets.
     pairs, test_pairs, class_names = read_dataset(cfg)
     pairs, images, labels = read_images(pairs, cfg)
     if len(images) < 2:
@@ -1043,7 +1043,7 @@ def run(cfg):
         checkpoint = read_checkpoint(folder, device)
         candidates = checkpoint["candidates"]
         if checkpoint["fingerprint"] != fingerprint:
-            raise UserError(f"--data-dir {cfg.data_dir}: expected the images of {folder}")
+            raise UserError(f"--data-dir {cfg.data_dir}: not the images, classes of {folder}")
     else:
         candidates = make_sets(cfg, folder, pairs, images, labels, class_names)
 
@@ -1068,7 +1068,7 @@ def run(cfg):
             candidates=candidates, mean=data.mean, std=data.std, prototypes=prototypes,
             learners=[learner.state() for learner in learners], records=records,
             random_state=torch.get_rng_state())
-        content = io.BytesIO()  # torch.save() would hide why a file cannot be written.
+        content = io.BytesIO()  # torch.save() itself hides why a file cannot be written.
         torch.save(state, content)
         Path(folder, "checkpoint.tmp").write_bytes(content.getbuffer())
         os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")  # whole at any time
@@ -1076,8 +1076,8 @@ def run(cfg):
     if not cfg.resume:
         save()
     if len(images) < 20 * cfg.batch_size:
-        print("note: an epoch has fewer than 20 steps; a lower --batch-size learns more")
-    print("epoch    phase    loss   clean   test%  right*% seconds  least clean", flush=True)
+        print("note: an epoch has fewer than 20 steps; a lower --batch-size may learn more")
+    print("epoch    phase    loss   clean   test% right*% seconds  least clean", flush=True)
     for epoch in range(len(records), cfg.epochs):
         start = time.time()
         terms = train_epoch(learners, prototypes, data, cfg, epoch)
@@ -1085,7 +1085,7 @@ def run(cfg):
         # Weights, too, since no term has seen the last step.
         weights = [*learners[0].net.parameters(), *learners[1].net.parameters()]
         if not math.isfinite(loss) or not all(weight.isfinite().all() for weight in weights):
-            raise UserError(f"epoch {epoch + 1} not finite, {terms}: --resume with lower --lr")
+            raise UserError(f"epoch {epoch + 1}: {terms}, not finite: --resume, lower --lr")
         phase = "warm-up" if epoch < cfg.warm_up else "co-train"
         record = {"epoch": epoch + 1, "phase": phase, "loss": loss, **terms}
         record.update(evaluate(learners, data, labels, test, class_names))
@@ -1108,7 +1108,7 @@ def load_classifier(folder, device="cpu"):
     cfg = argparse.Namespace(**checkpoint["settings"])
     learners = [Learner(len(checkpoint["class_names"]), cfg, device) for _ in range(2)]
     for learner, state in zip(learners, checkpoint["learners"]):
-        learner.load_state(state)
+        learner.net.load_state_dict(state["net"])
 
     def classify(images):
         if cfg.dataset == "folder":  # Images of other data sets are not cut to squares.
@@ -1119,14 +1119,14 @@ def load_classifier(folder, device="cpu"):
 
 def main(argv=None):
     """Command line -> exit code: 0, 2 (the user can mend it), 130 (Ctrl-C); or SystemExit."""
-    folder = "a run"
+    folder = "RUN"
     try:
         cfg = parse(argv)
         folder = cfg.resume or cfg.output_dir
         run(cfg)
         return 0
     except KeyboardInterrupt:
-        print(f"coreg.py: interrupted; --resume {folder} goes on with it", file=sys.stderr)
+        print(f"coreg.py: interrupted; --resume {folder}, if training began", file=sys.stderr)
         return 130
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and not error.filename:  # a full disk
@@ -1140,7 +1140,7 @@ def main(argv=None):
 # errs, and its templates disagree. Styles and numbers were chosen with true labels.
 
 class TinyCLIP:
-    """What annotate() needs of a CLIP, without weights; it always normalizes."""
+    """What annotate() needs of a CLIP, without weights; it ignores the word normalize."""
 
     logit_scale = torch.tensor(20.0).log()  # annotate() takes its exp, as of CLIP's.
 
@@ -1162,7 +1162,7 @@ def draw(prompts):
         if len(words) != 4 or words[3] not in DIGITS:
             raise UserError(f"--clip-model tiny: expected 'a wide number six', got {prompt!r}")
         style = words[1]
-        width = {"narrow": 16, "wide": 30}.get(style, 20)
+        width = {"narrow": 16, "wide": 30}.get(style, 20)  # unknown styles are plain
         slant = {"slanted": -15.0}.get(style, 0.0)  # in degrees
         font = ImageFont.load_default_imagefont()  # made of few pixels
         if style == "printed":
