@@ -2,14 +2,14 @@
 """Co-Reg: a small image classifier from unlabeled images and a vision-language model.
 
 CLIP labels every image once per prompt template. These labels are the image's candidate set,
-which may lack the true one. Two networks pick out the clean sets for each other: the method
+clean if it holds the true one. Two networks pick out the clean sets for each other: the method
 of "Pre-Trained Vision-Language Models as Partial Annotators" (arXiv 2406.18550, AAAI 2025).
 
     python coreg.py                     # digits; a stand-in for CLIP, section 13; no download
     python coreg.py --dataset cifar10   # the paper's setting, with OpenAI's CLIP ViT-B/32
 
-"Eq. 5" is an equation of the AAAI paper. "Published code": found in the authors' code, not in
-the paper. "DIFFERS": this file departs from that code, and why. Contents: grep "^# (" coreg.py
+"Eq. 5" and headings in quotes: the AAAI paper's. "Published code": in the authors' code, not
+in the paper. "DIFFERS": this file departs from that code, and why. Contents: grep "# (" *.py
 """
 
 import argparse
@@ -55,7 +55,7 @@ class UserError(Exception):
     """A mistake that the user can mend: main() prints it in one line and returns 2."""
 
 def between(kind, low, high=1e9):
-    """A type for argparse: an int or float from low to high. Its errors say "number"."""
+    """A type for argparse, which names it "number" in errors: int or float, low to high."""
     def number(text):
         value = kind(text)
         if not low <= value <= high:
@@ -81,16 +81,16 @@ def parse(argv):
     flag("--channels", 3, int, "1: grey, 3: colour", choices=[1, 3])
     flag("--mirror", 1, int, "mirror views; 0 for text, digits, signs", choices=[0, 1])
     flag("--cutout", [0, 0.5], between(float, 0, 1), "of the side: least, most", nargs=2)
-    flag("--annotations", None, path, "an .npz of probs [T,N,K]; images as in annotations.npz")
+    flag("--annotations", None, path, "an .npz of probs [T,N,K], images sorted by path")
     flag("--synthetic", None, between(float, 0, 1), "sets made of TRUE labels: the chance of a"
          " wrong label to join, and that of the true one to be replaced", nargs=2)
     flag("--clip-model", "ViT-B-32-quickgelu", str, "a model of open_clip; or tiny")
     flag("--clip-pretrained", "openai", str, "open_clip's tag of the weights, or a file")
     flag("--templates", "small", str, "small, digits, or prompts: 'a {}; the {}'")
     flag("--epochs", 800, between(int, 1), "in all")
-    flag("--warm-up", 50, between(int, 0), "epochs on whole sets; raise it for noisy sets")
-    flag("--start-contrastive", 10, between(int, 0), "epochs of co-training before prototypes"
-         " and contrast begin (one more than this)")
+    flag("--warm-up", 50, between(int, 0), "epochs before the split; raise it for noisy sets")
+    flag("--start-contrastive", 10, between(int, 0), "prototypes and contrast begin after this"
+         " many epochs of co-training, plus one")
     flag("--batch-size", 256, between(int, 2), "clean images in a batch; N/20 or less")
     flag("--lr", 0.01, between(float, 0), "learning rate; lower it if the loss is not finite")
     flag("--lr-period", 800, between(int, 0), "epochs in which lr falls along a cosine: 800"
@@ -117,7 +117,7 @@ def parse(argv):
     parser.set_defaults(**PRESETS[chosen.dataset])
     if chosen.resume:
         saved = read_checkpoint(chosen.resume)["settings"]
-        del saved["device"]  # A run may go on on another machine.
+        del saved["device"]  # A resumed run may be on another machine.
         parser.set_defaults(**saved)
     parser.add_argument("-h", "--help", action="help", help="show this")
     parser.epilog = f"In brackets: the defaults of this command. Presets: {PRESETS}"
@@ -210,8 +210,8 @@ def open_image(path):
     return to_square(image)
 
 def find_images(root):
-    """Pairs (image file at any depth, its folder right below root or ""), sorted by the parts
-    of the path, so class after class. NFC makes both forms of "é" in Unicode equal."""
+    """Pairs (image file at any depth, name of its top folder in root or ""), sorted by the
+    parts of the path: class after class. NFC makes both forms of "é" in Unicode equal."""
     def fail(error):
         raise UserError(f"--data-dir: expected a folder of images, but {error}") from error
 
@@ -275,7 +275,7 @@ def read_dataset(cfg):
             raise UserError(text) from error
         names = CLASS_NAMES.get(cfg.dataset) or train.classes
     if len(names) < 2 or len(set(names)) < len(names) or "" in names:
-        raise UserError(f"--data-dir, --classes: expected two or more classes, got {names}")
+        raise UserError(f"--data-dir, --classes: expected two or more unlike names: {names}")
     # This order is the same for every --seed. Its last fifth is held out if there is no test
     # part (published code, for EuroSAT and FER2013); --num-samples takes its first images.
     rows = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
@@ -287,7 +287,7 @@ def read_dataset(cfg):
 
 def load(pairs, transform):
     """Pairs -> batches (rows, transformed images, labels) of those that can be read.
-    Each thread holds one photo, transforms it and lets it go: photos are large."""
+    The others are named. A thread holds one photo, transforms it, lets it go: it is large."""
     def read(row):
         image, label = pairs[row]
         try:
@@ -421,8 +421,8 @@ def random_operation(images):
 
 def cutout(images, smallest, largest):
     """Sets a square anywhere in normalised images [B,C,H,H] to 0, the mean of all pixels.
-    Its side is smallest to largest times the image's. DIFFERS: it may reach over the edge, for
-    plain code; the published code's fixed colour would ruin training on dark pictures."""
+    Its side is smallest to largest times the image's. DIFFERS: it may reach over the edge (the
+    code is plainer); 0, since the published fixed colour ruins training on dark pictures."""
     count, _, side, _ = images.shape
     half = side / 2 * (smallest + (largest - smallest) * torch.rand(count, 1))  # [B,1]
     row = side * torch.rand(count, 1)  # of the square's centre, [B,1]
@@ -589,7 +589,7 @@ def warm_up_epoch(learner, data, cfg):
 
 # (6) GMM split -----------------------------------------------------------------------------
 # "Co-Pseudo-Labeling": before each later epoch both networks judge all sets. A set with the
-# true label is learnt early, so its loss is small. Two Gaussians are fitted to the losses; w_i
+# true label is learnt early: its loss l_i is small. Two Gaussians are fitted to all l_i; w_i
 # is the probability that l_i is of the Gaussian of lower mean, so that set i is clean. The
 # paper does not mention alignment, scaling, averaging and the numbers below (published code).
 
@@ -661,7 +661,7 @@ def split_data(learner, data, cfg):
     num_clean = (clean_prob > CLEAN_THRESHOLD).sum().item()
     tenth = max(2, len(data) // 10)
     if num_clean < min(cfg.batch_size, tenth):
-        print(f"split: {num_clean} sets are clean; the {tenth} of lowest loss count as clean")
+        print(f"split: too few sets ({num_clean}) are clean; the {tenth} of lowest loss count")
         clean_prob = torch.zeros_like(losses)
         clean_prob[losses.argsort()[:tenth]] = 1
     return probs, clean_prob
@@ -688,7 +688,7 @@ def refine_labels(own_probs, partner_probs, candidates, clean_prob, temperature)
     return sharpen(w * r + (1 - w) * own_probs, temperature)
 
 def guess_labels(probs, temperature):
-    """Targets of unlabeled samples, Eq. 6, 7: the sharpened mean of V predictions [V,B,K]."""
+    """Targets of unlabeled samples, Eq. 6, 7: sharpened mean. Predictions [V,B,K] -> [B,K]."""
     return sharpen(probs.float().mean(0), temperature)
 
 def draw_mixup(count):
@@ -738,16 +738,16 @@ def prototype_loss(similarity_x, targets_x, similarity_u, targets_u, weight_u,
     mixed ones, y = lam a + (1-lam) b. The published code has
         lam KL(a || q) + (1-lam) KL(b || q)   = cross-entropy(y, q) + a constant,
         lam (q - a)^2 + (1-lam) (q - b)^2     = (q - y)^2 + a constant.
-    DIFFERS: without the constants, which have no gradient: Eq. 8 on similarity / tau."""
+    DIFFERS: without the constants (no gradient), this is Eq. 8 on similarity / tau."""
     logits_x = similarity_x / temperature
     logits_u = similarity_u / temperature
     return self_training_loss(logits_x, targets_x, logits_u, targets_u, weight_u)
 
 # (9) MoCo queue, noisy supervised contrastive loss -----------------------------------------
 # "Noisy Contrastive Learning". An anchor is the embedding of an image's first strong view. Its
-# key is that of the second, by a slowly moving copy of the network. Each of A anchors is
-# contrasted with M entries: the anchors but itself, all keys, earlier keys (the queue). It is
-# pulled to its key and, if both are clean, to its pseudo-class; of this the rest is ignored.
+# key is that of the second, by a slowly moving copy of the network. Each of A anchors has M
+# entries: anchors, keys, earlier keys (the queue). It is pulled to its own key, and to entries
+# of its pseudo-class if both are clean; the others of its class are ignored.
 
 CONTRASTIVE_TEMPERATURE = 0.07  # tau, published code
 
@@ -761,15 +761,15 @@ class MomentumQueue:
         self.clean = torch.zeros(0, dtype=torch.bool, device=device)
 
     def push(self, keys, classes, clean):
-        """Appends in new tensors: the backward pass still needs the old ones."""
+        """Appends keys [n,D], classes [n], flags [n]; drops the oldest beyond `size`."""
         self.keys = torch.cat([self.keys, keys.detach().float()])[-self.size :]
         self.classes = torch.cat([self.classes, classes])[-self.size :]
         self.clean = torch.cat([self.clean, clean])[-self.size :]
 
 def contrastive_masks(classes, clean, num_anchors):
     """Pseudo-classes int [M], clean flags bool [M] -> positives, ignored: bool [A,M] (Eq. 11).
-    The M entries are the A anchors, their A own keys in the same order, the queue. Positives:
-    same class and both clean (itself, too), or the own key. Ignored: same class, the rest."""
+    The M entries are the A anchors, their A own keys in the same order, and the queue.
+    positives: same class, both clean (itself, too), or own key. ignored: others of a class."""
     same_class = classes[:num_anchors, None] == classes  # [A,M]
     both_clean = clean[:num_anchors, None] & clean  # [A,M]
     own_key = torch.zeros_like(same_class)
@@ -799,7 +799,7 @@ def supcon_loss(features, positives, ignored, temperature=CONTRASTIVE_TEMPERATUR
 
 @torch.inference_mode()
 def predict(learners, images, mean, std):
-    """Images uint8 [N,C,H,H] -> mean of the networks' logits [N,K]. mean, std: of the data."""
+    """Images uint8 [N,C,H,H] -> mean of the networks' logits [N,K], in eval mode."""
     batches = images.to(mean.device).split(512)
     logits = []
     for learner in learners:
@@ -836,12 +836,12 @@ def evaluate(learners, data, labels, test, class_names):
         clean = [learner.split[1].cpu() > CLEAN_THRESHOLD for learner in learners]
         shares = [clean_shares(learner.split, data.candidates) for learner in learners]
         shares = sum(shares) / 2  # [K]
-        figures["clean"] = sum(clean).sum().item() / 2
+        figures["clean"] = sum(clean).sum().item() / 2  # sets, mean of both networks
         figures["least_clean"] = shares.min().item()
         figures["least_class"] = class_names[shares.argmin()]
         if labels.min() >= 0:
             right = [coverage(data.candidates.cpu()[rows], labels[rows]) for rows in clean]
-            figures["split_precision"] = sum(right) / 2  # clean sets that hold the true label
+            figures["split_precision"] = sum(right) / 2  # right*%: clean sets with the label
     return figures
 
 # (11) Training -----------------------------------------------------------------------------
@@ -887,15 +887,15 @@ def co_train_epoch(own, partner, prototypes, data, cfg, epoch):
 
         with torch.no_grad():
             # Labels of unlabeled samples: both networks on both weak views.
-            targets_u = partner_probs[:0]
+            targets_u = partner_probs[:0]  # [0,K], if there are none
             if len(batch_u):
                 partner_logits, _ = partner.net(torch.cat([u_w1, u_w2]))
-                logits_u = [own.net(u_w1)[0], own.net(u_w2)[0]]
+                logits_u = [own.net(u_w1)[0], own.net(u_w2)[0]]  # BatchNorm: view by view
                 logits_u += partner_logits.chunk(2)
                 probs_u = torch.stack(logits_u).softmax(2)  # [V,B,K], V = 4
                 targets_u = guess_labels(probs_u, cfg.temperature)
 
-            # Labels of clean samples: the partner within the set, mixed with the network.
+            # Labels of clean samples: the partner's split within the set, own predictions.
             logits_w1, embeddings_w1 = own.net(x_w1)
             logits_w2, _ = own.net(x_w2)
             own_probs = (logits_w1.softmax(1) + logits_w2.softmax(1)) / 2
@@ -928,9 +928,9 @@ def co_train_epoch(own, partner, prototypes, data, cfg, epoch):
             proto_loss = prototype_loss(similarity[:n], y_x, similarity[n:], y_u, cfg.lambda_u)
             terms["prototype"] = cfg.proto_weight * proto_loss
 
-        # Contrast, Eq. 11: queries of the first strong views, keys of the second, not mixed.
+        # Contrast, Eq. 11: anchors of the first strong views, keys of the second, not mixed.
         if with_representation:
-            _, queries = own.net(torch.cat([x_s1, u_s1]))
+            _, anchors = own.net(torch.cat([x_s1, u_s1]))
             with torch.no_grad():
                 weights = zip(own.key_net.parameters(), own.net.parameters())
                 for key_weight, weight in weights:
@@ -942,8 +942,8 @@ def co_train_epoch(own, partner, prototypes, data, cfg, epoch):
                 clean[:] = True
             all_classes = torch.cat([classes, classes, own.queue.classes])  # [M]
             all_clean = torch.cat([clean, clean, own.queue.clean])  # [M]
-            features = torch.cat([queries, keys, own.queue.keys])  # [M,D]
-            positives, ignored = contrastive_masks(all_classes, all_clean, len(queries))
+            features = torch.cat([anchors, keys, own.queue.keys])  # [M,D]
+            positives, ignored = contrastive_masks(all_classes, all_clean, len(anchors))
             contrast = supcon_loss(features, positives, ignored)
             terms["contrastive"] = cfg.contrastive_weight * contrast
             own.queue.push(keys, classes, clean)
@@ -997,7 +997,7 @@ def make_sets(cfg, folder, pairs, images, labels, class_names):
                         f" if it holds checkpoint.pt; it holds {found}")
     if cfg.synthetic:
         if labels.min() < 0:
-            raise UserError("--synthetic: expected labels of the training images, got none")
+            raise UserError("--synthetic: expected labels of training images: no --classes")
         generator = torch.Generator().manual_seed(cfg.seed)
         sets = flip_candidates(labels, len(class_names), *cfg.synthetic, generator)
         probs = sets[None].float()  # one annotator, for whom the labels of a set tie
@@ -1043,7 +1043,7 @@ def run(cfg):
         checkpoint = read_checkpoint(folder, device)
         candidates = checkpoint["candidates"]
         if checkpoint["fingerprint"] != fingerprint:
-            raise UserError(f"--data-dir {cfg.data_dir}: not the images, classes of {folder}")
+            raise UserError(f"--data-dir {cfg.data_dir}: expected the images of {folder}")
     else:
         candidates = make_sets(cfg, folder, pairs, images, labels, class_names)
 
@@ -1085,7 +1085,7 @@ def run(cfg):
         # Weights, too, since no term has seen the last step.
         weights = [*learners[0].net.parameters(), *learners[1].net.parameters()]
         if not math.isfinite(loss) or not all(weight.isfinite().all() for weight in weights):
-            raise UserError(f"epoch {epoch + 1}: {terms}, not finite: --resume, lower --lr")
+            raise UserError(f"epoch {epoch + 1} not finite, {terms}: --resume with lower --lr")
         phase = "warm-up" if epoch < cfg.warm_up else "co-train"
         record = {"epoch": epoch + 1, "phase": phase, "loss": loss, **terms}
         record.update(evaluate(learners, data, labels, test, class_names))
@@ -1140,7 +1140,7 @@ def main(argv=None):
 # errs, and its templates disagree. Styles and numbers were chosen with true labels.
 
 class TinyCLIP:
-    """What annotate() needs of a CLIP, without weights; it ignores the word normalize."""
+    """What annotate() needs of a CLIP, without weights; normalize is ignored."""
 
     logit_scale = torch.tensor(20.0).log()  # annotate() takes its exp, as of CLIP's.
 
