@@ -8,8 +8,8 @@ of "Pre-Trained Vision-Language Models as Partial Annotators" (arXiv 2406.18550,
     python coreg.py                     # digits; a stand-in for CLIP, section 13; no download
     python coreg.py --dataset cifar10   # the paper's setting, with OpenAI's CLIP ViT-B/32
 
-"Eq. 5" and headings in quotes: the AAAI paper's. "Published code": in the authors' code, not
-in the paper. "DIFFERS": this file departs from that code, and why. Contents: grep "# (" *.py
+"Eq. 5" and headings in quotes: the AAAI paper's. "Published code": in the authors' code alone.
+"DIFFERS": this file departs from that code, and why. Contents: grep "^# (" coreg.py
 """
 
 import argparse

@@ -1,0 +1,100 @@
+"""Draws .github/curves.png and .github/digits.png from the runs that the README names."""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import coreg  # noqa: E402
+
+plt.rcParams.update({"font.size": 12, "figure.dpi": 110, "savefig.bbox": "tight"})
+VARIANTS = {"set": ("set loss alone", "tab:gray"), "co": ("Co-Reg", "tab:blue"),
+            "balance": ("Co-Reg with --balance", "tab:green")}
+train, _, class_names = coreg.read_dataset(coreg.parse([]))
+labels = torch.tensor([label for _, label in train])
+probs = torch.from_numpy(np.load("runs/co-0/annotations.npz")["probs"])  # [T,N,K]
+sets = coreg.candidate_sets(probs)
+holds_label = sets[torch.arange(len(labels)), labels]
+
+# Accuracy by epoch: five seeds are thin lines, their mean is a thick one.
+figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.6))
+for name, (title, color) in VARIANTS.items():
+    curves = []
+    for seed in range(5):
+        lines = Path(f"runs/{name}-{seed}/metrics.jsonl").read_text().splitlines()
+        curves.append([json.loads(line)["test_acc"] for line in lines])
+        left.plot(range(1, 21), curves[-1], color=color, linewidth=0.6, alpha=0.6)
+    left.plot(range(1, 21), np.mean(curves, 0), color=color, linewidth=3, label=title)
+left.axhline(72.4, color="black", linestyle=":", label="the annotator")
+left.axvline(8.5, color="tab:red", linestyle="--", linewidth=1)
+left.text(8.3, 57, "co-training starts", color="tab:red", ha="right")
+left.set(xlabel="epoch", ylabel="right test images in %", ylim=(55, 100), xlim=(1, 20))
+left.set_xticks([1, 5, 10, 15, 20])
+left.set_title("Five seeds and their mean")
+left.legend(loc="lower right")
+
+# The last split of network 1: what the mixture sees, the losses of five epochs on one scale.
+state = torch.load("runs/co-0/checkpoint.pt", weights_only=True)
+losses = torch.stack(state["learners"][0]["losses"])  # [E,N]
+low = losses.amin(1, keepdim=True)
+high = losses.amax(1, keepdim=True)
+scaled = ((losses - low) / (high - low)).mean(0)  # [N]
+is_clean = coreg.clean_probability(losses) > coreg.CLEAN_THRESHOLD
+threshold = scaled[is_clean].max().item()
+bins = np.linspace(0, 1, 40)
+outline = {"histtype": "step", "linewidth": 2.5}
+right.hist(scaled[holds_label], bins, label="the set holds the true label", **outline)
+right.hist(scaled[~holds_label], bins, label="it does not", **outline)
+right.axvline(threshold, color="tab:red", linestyle="--")
+right.text(threshold, 180, "  not clean", color="tab:red", ha="left")
+right.text(threshold, 180, "clean  ", color="tab:red", ha="right")
+right.set(yscale="log", xlabel="loss of a set (Eq. 4), scaled", ylabel="number of sets")
+right.set_title("The last split, of network 1")
+right.legend(loc="upper right")
+figure.savefig(HERE / "curves.png")
+
+# One digit with the answers of the five drawn styles, then repaired and wrong digits.
+_, classify = coreg.load_classifier("runs/co-0")
+found = classify([image for image, _ in train]).argmax(1)
+repaired = ((found == labels) & ~holds_label).nonzero().flatten().tolist()
+wrong = ((found != labels) & ~holds_label).nonzero().flatten().tolist()
+wrong += ((found != labels) & holds_label).nonzero().flatten().tolist()
+
+def different(rows):
+    """The first rows of five different digits, as far as there are so many."""
+    chosen = {}
+    for row in rows:
+        chosen.setdefault(labels[row].item(), row)
+    return [*chosen.values(), *(row for row in rows if row not in chosen.values())][:5]
+
+def show(place, image, title, color="white"):
+    place.imshow(image, "gray")
+    place.set_xticks([])
+    place.set_yticks([])
+    place.set_title(title, fontsize=12)
+    for spine in place.spines.values():
+        spine.set(color=color, linewidth=5)
+
+figure, places = plt.subplots(3, 6, figsize=(12, 7.6), layout="tight")
+answers = probs.argmax(2)  # [T,N]
+unsure = (holds_label & (sets.sum(1) == 3)).nonzero().flatten()[0].item()
+show(places[0, 0], train[unsure][0], f"an image of a {labels[unsure]}")
+for t, template in enumerate(coreg.TEMPLATES["digits"]):
+    answer = answers[t, unsure].item()
+    [drawing] = coreg.draw([template.replace("{}", class_names[answer])])
+    style = template.split()[1]
+    show(places[0, t + 1], drawing[0], f"{style}: {answer}")
+kinds = [(1, repaired, "tab:green", "repaired"), (2, wrong, "tab:red", "wrong")]
+for line, rows, color, word in kinds:
+    places[line, 0].axis("off")
+    places[line, 0].text(0.5, 0.5, word, ha="center", fontsize=18, color=color)
+    for place, row in zip(places[line, 1:], different(rows)):
+        members = ", ".join(str(k) for k in sets[row].nonzero().flatten().tolist())
+        title = f"a {labels[row]}: set {{{members}}}\nfound {found[row]}"
+        show(place, train[row][0], title, color)
+figure.savefig(HERE / "digits.png")
