@@ -202,9 +202,9 @@ def open_image(path):
     """Image file -> PIL image as to_square() makes it. UserError if it cannot be read."""
     try:
         image = Image.open(path)
-        image.load()
-        if image.mode[0] in "IF":  # RGB would make them white or black.
+        if image.mode[0] in "IF" or ";16" in str(image.tile):  # RGB would change its values.
             raise ValueError("it has more than 8 bits a channel")
+        image.load()
     except Exception as error:  # A broken file makes Pillow raise nearly any kind of error.
         raise UserError(f"{path}: expected an image that can be read, but {error}") from error
     return to_square(image)

@@ -1,5 +1,4 @@
-"""Tests of coreg.py: python -m pytest -q test_coreg.py. No network, no data but their own.
-As a script it is the benchmark: python test_coreg.py --help"""
+"""Tests of coreg.py: python -m pytest -q test_coreg.py. Benchmark: test_coreg.py --help"""
 
 import argparse
 import copy
@@ -254,8 +253,7 @@ def test_read_dataset_folder_with_classes_has_no_labels_at_any_depth():
     grey(f"test/{composed}/3.png", "test/dog/4.png")
     train, test, names = read_folder("--classes", f"dog, {apart} ")
     assert names == ["dog", composed]
-    assert labelled(train) == [(0, -1), (1, -1), (2, -1)]
-    assert labelled(test) == [(3, 1), (4, 0)]
+    assert [labelled(train), labelled(test)] == [[(0, -1), (1, -1), (2, -1)], [(3, 1), (4, 0)]]
     Path("train/0.png").unlink()
     train, test, names = read_folder()
     assert names == [composed, "dog"]
@@ -264,15 +262,17 @@ def test_read_dataset_folder_with_classes_has_no_labels_at_any_depth():
 def test_read_images_names_broken_files_and_leaves_them_out(capsys):
     grey("train/cat/1.png", "train/dog/2.png")
     write(Path("train/cat/cut.png"), Path("train/cat/1.png").read_bytes()[:50])
-    write(Path("train/cat/deep.png"), np.full((8, 8), 700, np.uint16))  # 16 bits a channel
+    write(Path("train/cat/deep.png"), np.zeros((8, 16, 3), np.uint8))
+    data = Path("train/cat/deep.png").read_bytes()  # The head of half the width and 16 bits:
+    head = data[12:19] + b"\x08" + data[20:24] + b"\x10" + data[25:29]
+    head += zlib.crc32(head).to_bytes(4, "big") + data[33:]
+    write(Path("train/cat/deep.png"), data[:12] + head)
     write(Path("train/dog/junk.jpg"), b"junk")
     Image.new("F", (8, 8)).save("train/dog/float.tif")
     argv = ["--dataset", "folder", "--data-dir", str(Path.cwd()), "--channels", "1"]
-    train, _, _ = C.read_dataset(C.parse(argv))
-    pairs, images, labels = C.read_images(train, C.parse(argv))
+    pairs, images, labels = C.read_images(C.read_dataset(C.parse(argv))[0], C.parse(argv))
     assert [path.name for path, _ in pairs] == ["1.png", "2.png"]
-    assert images.shape == (2, 1, 32, 32)
-    assert [images[:, 0, 0, 0].tolist(), labels.tolist()] == [[1, 2], [0, 1]]
+    assert [*images.shape, *images[:, 0, 0, 0], *labels] == [2, 1, 32, 32, 1, 2, 0, 1]
     left_out = re.findall(r"(\w+\.\w+):", capsys.readouterr().err)
     assert sorted(left_out) == ["cut.png", "deep.png", "float.tif", "junk.jpg"]
     Path("train/cat/1.png").write_bytes(b"")
