@@ -315,7 +315,7 @@ def read_images(pairs, cfg):
     if not batches:
         raise UserError(f"--data-dir {cfg.data_dir}: none of {len(pairs)} images can be read")
     rows, images, labels = zip(*batches)
-    return Subset(pairs, sum(rows, [])), torch.cat(images), torch.cat(labels)
+    return Subset(pairs, np.concatenate(rows).tolist()), torch.cat(images), torch.cat(labels)
 
 # (2) CLIP annotation -> candidate sets -----------------------------------------------------
 # "CLIP Annotated Partial Labels": template t and class k give the text feature u_tk, image i
