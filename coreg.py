@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: MIT
 """Co-Reg: a small image classifier from unlabeled images and a vision-language model.
 
-CLIP labels every image once per prompt template. These labels are the image's candidate set,
-clean if it holds the true one. Two networks pick out the clean sets for each other: the method
-of "Pre-Trained Vision-Language Models as Partial Annotators" (arXiv 2406.18550, AAAI 2025).
+CLIP labels every image once per prompt template. These answers form the image's candidate
+set; a set is clean if it contains the true label. Two networks find the clean sets for each
+other and learn from them: the method of "Pre-Trained Vision-Language Models as Noisy Partial
+Annotators" (AAAI 2025; arXiv 2406.18550).
 
-    python coreg.py                    # digits: 91 % in a minute; its CLIP draws (section 13)
+    python coreg.py                    # handwritten digits; a toy takes CLIP's place
     python coreg.py --dataset cifar10  # the paper's setting, with OpenAI's CLIP ViT-B/32
 
-"Eq. 5" and headings in quotes: the AAAI paper's. "Published code": in the authors' code alone.
-"DIFFERS": this file departs from that code, and why. Contents: grep "^# (" coreg.py
+Sections 1 to 11 are the method, 12 to 15 the tool around it. Contents: grep "^# (" coreg.py
+"Eq. 5" and headings in quotes are the paper's. "Published code": the authors' code alone says
+so (github.com/Portugas0807/Co-Reg). "DIFFERS": this file departs from that code, and why.
 """
 
 import argparse
 import contextlib
 import copy
+import csv
 import io
 import json
 import math
@@ -23,13 +26,11 @@ import sys
 import time
 import unicodedata
 import warnings
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tarfile import TarError
 from zipfile import BadZipFile
 
-import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
@@ -43,295 +44,152 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-# Shapes in comments: N images, K classes, T prompt templates, B a batch, n some of N or B, V
-# predictions, C channels, H side of an image, D embedding, E epochs; A, M: section 9. Endings
-# of names: _x clean samples, _u unlabeled ones, _w1 _w2 weak views, _s1 _s2 strong views.
+# Shapes: N images, K classes, T prompt templates, B a batch, n any number of rows, V
+# predictions, C channels, H side of an image, D embedding, E epochs; A and M in section 9.
+# Endings: _x clean samples, _u the others ("unlabeled"), _w1 _w2 weak, _s1 _s2 strong views.
 
 # (0) Settings ------------------------------------------------------------------------------
-# A setting is a flag. Its value is the first that is found: on the command line, in the run to
-# resume, in the preset of the data set (section 1), in the defaults below (for CIFAR-10).
+# A setting is a flag of the command line, and cfg.NAME in the code. The defaults are those of
+# CIFAR-10; PRESETS in section 12 has what differs for the other data sets.
 
 class UserError(Exception):
     """A mistake that the user can mend: main() prints it in one line and returns 2."""
 
 def between(kind, low, high=1e9):
-    """A type for argparse, which names it "number" in errors: int or float, low to high."""
-    def number(text):
+    """A type for argparse: int or float, low to high."""
+
+    def number(text):  # argparse shows this name: "invalid number value".
         value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"expected {low} to {high:g}, got {text}")
         return value
+
     return number
 
-def parse(argv):
-    """Words of the command line -> settings. SystemExit(2), or UserError: bad --resume."""
-    usage = "coreg.py [--flag value ...]; coreg.py --help shows all flags"
-    parser = argparse.ArgumentParser("coreg.py", usage, add_help=False, allow_abbrev=False)
+def add_settings(parser):
+    """Adds all flags but --help to an argparse parser."""
 
-    def flag(name, default, kind, text, **more):
-        text += " (%(default)s)"
-        parser.add_argument(name, default=default, type=kind, help=text, **more)
-    path = os.path.expanduser  # A type is a function of the word: this one replaces "~".
-    ablations = "co-pl supcon prototype unlabeled mixup alignment split".split()
+    def flag(name, value, kind, text, **kw):
+        parser.add_argument(name, default=value, type=kind, help=f"{text} (%(default)s)", **kw)
+
+    path = os.path.expanduser  # replaces a leading "~"
+    parts = "co-pl supcon prototype unlabeled mixup alignment split".split()
     flag("--dataset", "digits", str, "folder: your own photos", choices=PRESETS)
     flag("--data-dir", "data", path, "where data sets lie or are downloaded to")
     flag("--classes", None, str, "of a folder: cat,dog,...; its train/ is then unlabeled")
     flag("--num-samples", None, between(int, 2), "train on a random subset of N images")
     flag("--image-size", 32, between(int, 8), "side in pixels of what the networks see")
     flag("--channels", 3, int, "1: grey, 3: colour", choices=[1, 3])
-    flag("--mirror", 1, int, "mirror views; 0 for text, digits, signs", choices=[0, 1])
-    flag("--cutout", [0, 0.5], between(float, 0, 1), "of the side: least, most", nargs=2)
-    flag("--annotations", None, path, "an .npz of probs [T,N,K], images sorted by path")
-    flag("--synthetic", None, between(float, 0, 1), "sets made of TRUE labels: the chance of a"
-         " wrong label to join, and that of the true one to be replaced", nargs=2)
+    flag("--cutout", [0, 0.5], between(float, 0, 1), "blank part of a side: from, to", nargs=2)
+    flag("--annotations", None, path, "a CSV file of answers, with columns path and label")
+    flag("--synthetic", None, between(float, 0, 1), "sets made of TRUE labels: a wrong label"
+         " joins with chance Q; then, with chance ETA, one replaces the true label", nargs=2,
+         metavar=("Q", "ETA"))
     flag("--clip-model", "ViT-B-32-quickgelu", str, "a model of open_clip; or tiny")
     flag("--clip-pretrained", "openai", str, "open_clip's tag of the weights, or a file")
     flag("--templates", "small", str, "small, digits, or prompts: 'a {}; the {}'")
     flag("--epochs", 800, between(int, 1), "in all")
     flag("--warm-up", 50, between(int, 0), "epochs before the split; raise it for noisy sets")
-    flag("--start-contrastive", 10, between(int, 0), "prototypes and contrast begin after this"
-         " many epochs of co-training, plus one")
-    flag("--batch-size", 256, between(int, 2), "clean images in a batch; N/20 or less")
+    flag("--start-contrastive", 10, between(int, 0), "prototypes and contrast join in epoch"
+         " START_CONTRASTIVE + 2 of co-training")
+    flag("--batch-size", 256, between(int, 2), "clean images in a batch; if it is not given,"
+         " at most a twentieth of all images, but 8 or more")
     flag("--lr", 0.01, between(float, 0), "learning rate; lower it if the loss is not finite")
-    flag("--lr-period", 800, between(int, 0), "epochs in which lr falls along a cosine: 800"
-         " even for 100 epochs, as in the published code; 0: all epochs")
+    flag("--lr-period", 800, between(int, 0), "epochs in which the learning rate falls to a"
+         " thousandth; 0: all epochs (if a resume has more of them, it rises again)")
     flag("--width", 64, between(int, 1), "channels of the ResNet; 16 suits a CPU")
     flag("--temperature", 0.5, between(float, 0.01), "below 1 makes new labels surer")
     flag("--lambda-u", 1.0, between(float, 0), "weight of unlabeled images")
     flag("--proto-weight", 0.1, between(float, 0), "weight of the prototypes' loss")
     flag("--contrastive-weight", 0.1, between(float, 0), "weight of the contrastive loss")
-    flag("--momentum", 0.999, between(float, 0, 1), "of prototypes and key encoders")
+    flag("--momentum", 0.999, between(float, 0, 0.9999), "of prototypes and key encoders")
     flag("--queue-size", 8192, between(int, 1), "keys in each queue")
-    flag("--ablate", [], str, "parts to leave out; split: all sets count as clean; supcon: in"
-         " the contrast all samples count as clean", choices=ablations, nargs="+")
+    flag("--ablate", [], str, "parts to leave out. split: all sets count as clean; co-pl: a"
+         " network is its own partner; supcon: in the contrast all samples count as clean;"
+         " prototype: Eq. 9; unlabeled: images whose sets are not clean; mixup; alignment: of"
+         " the classes' shares in predictions", choices=parts, nargs="*")
     flag("--seed", 0, between(int, 0), "of networks, order, views, mixup, synthetic sets")
     flag("--device", "cuda" if torch.cuda.is_available() else "cpu", str, "or mps, cuda:N")
     flag("--precision", "auto", str, "auto: bf16 if fast", choices=["auto", "bf16", "fp32"])
     flag("--output-dir", None, path, "the run's folder; else runs/DATASET-seedN-DATE-TIME")
     flag("--resume", None, path, "folder of a run to go on with")
-    parser.add_argument("--balance", action="store_true", help="the same share of each class"
-                        " counts as clean; try it if classes are lost (not in the paper)")
+    switch = dict(action=argparse.BooleanOptionalAction)
+    parser.add_argument("--mirror", default=True, help="mirror half of the views; not for"
+                        " text, digits, signs (%(default)s)", **switch)
+    parser.add_argument("--balance", default=False, help="the same share of each class counts"
+                        " as clean; if classes are lost; not in the paper", **switch)
 
-    # A first pass reads --dataset and --resume: they set the defaults of the second.
-    chosen, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**PRESETS[chosen.dataset])
-    if chosen.resume:
-        saved = read_checkpoint(chosen.resume)["settings"]
-        del saved["device"]  # A resumed run may be on another machine.
-        parser.set_defaults(**saved)
-    parser.add_argument("-h", "--help", action="help", help="show this")
-    parser.epilog = f"In brackets: the defaults of this command. Presets: {PRESETS}"
-    cfg = parser.parse_args(argv)
-    # A run keeps what was used before training, and what fixes the sizes of its tensors.
-    kept = """dataset classes num_samples annotations synthetic clip_model clip_pretrained
-        templates seed output_dir image_size channels width queue_size"""
-    for name in kept.split():
-        if chosen.resume and getattr(cfg, name) != saved.get(name):
-            parser.error(f"--resume: leave --{name.replace('_', '-')} out: a run keeps it")
-    if cfg.warm_up > cfg.epochs:
-        parser.error(f"--warm-up {cfg.warm_up} is more than --epochs {cfg.epochs}: set both")
-    if cfg.synthetic and cfg.annotations:
-        parser.error("--synthetic and --annotations: expected one of them")
-    if cfg.classes and cfg.dataset != "folder":
-        parser.error("--classes: expected --dataset folder beside it")
-    if not cfg.output_dir:
-        cfg.output_dir = time.strftime(f"runs/{cfg.dataset}-seed{cfg.seed}-%Y%m%d-%H%M%S")
-    return cfg
+# (1) Prompt templates ----------------------------------------------------------------------
+# A prompt is a template whose {} is filled with a class name. Templates that describe the same
+# class in unlike words make CLIP answer unlike where it is unsure.
 
-# (1) Prompt templates and data sets --------------------------------------------------------
-# A prompt is a template filled with a class name. A data set is a sequence of pairs (PIL image
-# or path of a photo, label), mostly torchvision's; the label -1 means that nobody knows it.
-
-def phrases(text, pattern="{}"):
-    """'a; b' -> ['a', 'b'], each put in the place of the pattern's first {}."""
-    text = " ".join(text.split())  # Line breaks and indents become single blanks.
-    return [pattern.replace("{}", phrase.strip(), 1) for phrase in text.split(";")]
+def phrases(text):
+    """'a; b' -> ['a', 'b']. Line breaks and indents become single blanks."""
+    return [" ".join(phrase.split()) for phrase in text.split(";")]
 
 TEMPLATES = {
-    "small": phrases("""a photo of a {}; a rendering of a {}; a cropped photo of the {}; the
-        photo of a {}; a photo of a clean {}; a photo of a dirty {}; a dark photo of the {}; a
-        photo of my {}; a photo of the cool {}; a close-up photo of a {}; a bright photo of the
-        {}; a cropped photo of a {}; a photo of the {}; a good photo of the {}; a photo of one
-        {}; a close-up photo of the {}; a rendition of the {}; a photo of the clean {}; a
-        rendition of a {}; a photo of a nice {}; a good photo of a {}; a photo of the nice {};
-        a photo of the small {}; a photo of the weird {}; a photo of the large {}; a photo of a
-        cool {}; a photo of a small {}"""),
-    "digits": phrases("plain; narrow; wide; slanted; printed", "a {} number {}"),
+    "small": phrases("""a photo of a {}; a rendering of a {}; a cropped photo of the {};
+        the photo of a {}; a photo of a clean {}; a photo of a dirty {};
+        a dark photo of the {}; a photo of my {}; a photo of the cool {};
+        a close-up photo of a {}; a bright photo of the {}; a cropped photo of a {};
+        a photo of the {}; a good photo of the {}; a photo of one {};
+        a close-up photo of the {}; a rendition of the {}; a photo of the clean {};
+        a rendition of a {}; a photo of a nice {}; a good photo of a {};
+        a photo of the nice {}; a photo of the small {}; a photo of the weird {};
+        a photo of the large {}; a photo of a cool {}; a photo of a small {}"""),
+    "digits": phrases("""a plain number {}; a narrow number {}; a wide number {};
+        a slanted number {}; a printed number {}"""),
 }
-DIGITS = "zero one two three four five six seven eight nine".split()
-CLASS_NAMES = {  # The other data sets bring their names with them.
-    "digits": DIGITS,
-    "svhn": [f"number {digit}" for digit in range(10)],
-    "fer2013": phrases("Angry; Disgust; Fear; Happy; Sad; Surprise; Neutral",
-                       "{} Facial Expression"),
-    "gtsrb": phrases("""Speed limit 20; Speed limit 30; Speed limit 50; Speed limit 60; Speed
-        limit 70; Speed limit 80; Speed limit 80 cancelled; Speed limit 100; Speed limit 120;
-        No passing; No truck overtaking; Only have priority at the next intersection; Priority
-        road; Give way; Stop; All vehicles prohibited; Trucks prohibited; No entry; Caution!;
-        Curve (to the left); Curve (to the right); Continuous curves; Rough road; Slippery
-        road; The road narrows on the right; Construction site; Signal light; Pay attention to
-        pedestrians; Pay attention to children; Watch out for bikes; Watch out for snow/ice on
-        the road; Deer ahead; Unlimited speed; Turn right; Turn left; Go straight; Go straight
-        and turn right; Go straight and turn left; Drive on the right; Drive on the left;
-        Driving around the island; Lift ban on no passing; Lift ban on truck overtaking""",
-                     "German Traffic Sign: {}"),
-}
-PRESETS = {  # as in the published code; those of digits and folder are this file's own
-    "digits": dict(
-        channels=1, image_size=8, mirror=0, cutout=[0, 0.33], clip_model="tiny",
-        templates="digits", width=16, epochs=20, warm_up=8, start_contrastive=1,
-        batch_size=64, lr=0.05, lr_period=0, momentum=0.99, queue_size=1024, precision="fp32"),
-    "folder": dict(epochs=100, lr_period=0),
-    "cifar10": dict(),
-    "cifar100": dict(warm_up=100),
-    "svhn": dict(mirror=0),
-    "fmnist": dict(channels=1, image_size=28, cutout=[16 / 28, 16 / 28], epochs=100),
-    "eurosat": dict(image_size=64, epochs=100),
-    "fer2013": dict(channels=1, image_size=64, cutout=[0.25, 0.25], epochs=100),
-    "gtsrb": dict(image_size=64, mirror=0, epochs=100),
-}
-
-def to_square(image):
-    """PIL image -> its centre square in RGB, upright by its EXIF data."""
-    image = TF.center_crop(image, min(image.size))  # first, since each later step copies it
-    with contextlib.suppress(Exception):  # Damaged EXIF data raise any kind of error.
-        image = ImageOps.exif_transpose(image)
-    return image.convert("RGB")
-
-def open_image(path):
-    """Image file -> PIL image as to_square() makes it. UserError if it cannot be read."""
-    try:
-        image = Image.open(path)
-        if image.mode[0] in "IF" or ";16" in str(image.tile):  # RGB would change its values.
-            raise ValueError("it has more than 8 bits a channel")
-        image.load()
-    except Exception as error:  # A broken file makes Pillow raise nearly any kind of error.
-        raise UserError(f"{path}: expected an image that can be read, but {error}") from error
-    return to_square(image)
-
-def find_images(root):
-    """Pairs (image file at any depth, name of its top folder in root or ""), sorted by the
-    parts of the path: class after class. NFC makes both forms of "é" in Unicode equal."""
-    def fail(error):
-        raise UserError(f"--data-dir: expected a folder of images, but {error}") from error
-
-    pairs = []
-    visited = set()
-    for folder, inner, files in os.walk(root, onerror=fail, followlinks=True):
-        if os.path.realpath(folder) in visited:  # A link has led here again.
-            inner.clear()
-            continue
-        visited.add(os.path.realpath(folder))
-        inner[:] = sorted(name for name in inner if name[0] != ".")
-        parts = Path(folder).relative_to(root).parts
-        top = unicodedata.normalize("NFC", parts[0].strip()) if parts else ""
-        for name in files:
-            if name[0] != "." and name.lower().endswith(datasets.folder.IMG_EXTENSIONS):
-                pairs.append((Path(folder, name), top))
-    return sorted(pairs)
-
-def read_photos(root, classes):
-    """root/train and perhaps root/test -> training pairs, test pairs, class names.
-    Folders in train/ name the classes. With classes, a text such as "cat,dog", the images of
-    train/ have no labels, and lie anywhere in it."""
-    train = find_images(f"{root}/train")
-    test = find_images(f"{root}/test") if Path(root, "test").exists() else []
-    names = sorted({folder for _, folder in train})
-    if classes:
-        names = [unicodedata.normalize("NFC", name.strip()) for name in classes.split(",")]
-    elif "" in names:
-        raise UserError(f"{root}/train: expected a folder for each class, or --classes")
-    strangers = {folder or "no folder" for _, folder in test} - set(names)
-    if strangers:
-        raise UserError(f"{root}/test: expected folders {names}, got {sorted(strangers)}")
-    train = [(path, -1 if classes else names.index(folder)) for path, folder in train]
-    test = [(path, names.index(folder)) for path, folder in test]
-    return train, test, names
-
-def read_known(name, root):
-    """Any data set but a folder -> training part, test part or None."""
-    if name == "digits":  # scikit-learn's 1,797 images of 8 x 8 pixels, with values 0 to 16
-        digits = load_digits()
-        pixels = (digits.images * 255 / 16).astype("uint8")
-        return list(zip(map(Image.fromarray, pixels), digits.target.tolist())), None
-    if name == "eurosat":
-        return datasets.EuroSAT(root, download=True), None
-    if name == "fer2013":  # Its own test part has no labels.
-        return datasets.FER2013(root, "train"), None
-    readers = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100,
-               "fmnist": datasets.FashionMNIST, "svhn": datasets.SVHN, "gtsrb": datasets.GTSRB}
-    parts = ("train", "test") if name in ("svhn", "gtsrb") else (True, False)
-    return [readers[name](root, part, download=True) for part in parts]
-
-def read_dataset(cfg):
-    """Settings -> training pairs, test pairs (perhaps none), class names."""
-    if cfg.dataset == "folder":
-        train, test, names = read_photos(cfg.data_dir, cfg.classes)
-    else:
-        try:
-            train, test = read_known(cfg.dataset, cfg.data_dir)
-        except (OSError, RuntimeError, EOFError, TarError, BadZipFile) as error:
-            text = f"--data-dir {cfg.data_dir}: expected all of {cfg.dataset}, but {error!r}"
-            raise UserError(text) from error
-        names = CLASS_NAMES.get(cfg.dataset) or train.classes
-    if len(names) < 2 or len(set(names)) < len(names) or "" in names:
-        raise UserError(f"--data-dir, --classes: expected two or more unlike names: {names}")
-    # This order is the same for every --seed. Its last fifth is held out if there is no test
-    # part (published code, for EuroSAT and FER2013); --num-samples takes its first images.
-    rows = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
-    if test is None:
-        num_train = round(0.8 * len(rows))
-        test = Subset(train, rows[num_train:])
-        rows = rows[:num_train]
-    return Subset(train, sorted(rows[: cfg.num_samples])), test, names  # [:None] keeps all
-
-def load(pairs, transform):
-    """Pairs -> batches (rows, transformed images, labels) of those that can be read.
-    The others are named. A thread holds one photo, transforms it, lets it go: it is large."""
-    def read(row):
-        image, label = pairs[row]
-        try:
-            if isinstance(image, Path):
-                image = open_image(image)
-        except UserError as error:
-            return print(f"left out: {error}", file=sys.stderr)  # None
-        return row, transform(image), label
-
-    with ThreadPoolExecutor(4) as pool:
-        for rows in tqdm(torch.arange(len(pairs)).split(256), "read", disable=None):
-            batch = [item for item in pool.map(read, rows.tolist()) if item]
-            if batch:
-                good_rows, images, labels = zip(*batch)
-                yield list(good_rows), torch.stack(images), torch.tensor(labels)
-
-def to_pixels(image, cfg):
-    """PIL image -> uint8 [C,H,H], what the networks see."""
-    mode = "L" if cfg.channels == 1 else "RGB"
-    return TF.pil_to_tensor(TF.resize(image.convert(mode), [cfg.image_size, cfg.image_size]))
-
-def read_images(pairs, cfg):
-    """Pairs -> those that can be read, images uint8 [N,C,H,H], labels int [N] (-1: none)."""
-    batches = list(load(pairs, lambda image: to_pixels(image, cfg)))
-    if not batches:
-        raise UserError(f"--data-dir {cfg.data_dir}: none of {len(pairs)} images can be read")
-    rows, images, labels = zip(*batches)
-    return Subset(pairs, np.concatenate(rows).tolist()), torch.cat(images), torch.cat(labels)
 
 # (2) CLIP annotation -> candidate sets -----------------------------------------------------
 # "CLIP Annotated Partial Labels": template t and class k give the text feature u_tk, image i
 # gives the image feature v_i, and P[t,i,:] is the softmax over k of logit_scale * v_i . u_tk.
 # The candidate set S_i holds the answers of the single templates: small where they agree.
 
-def candidate_sets(probs, mode="multi_prompt"):
-    """P [T,N,K] -> candidate sets S_i = {argmax_k P[t,i,k] : t = 1..T}, bool [N,K].
-    DIFFERS: labels that tie all count, since P may be people's votes. A row of zeros abstains;
-    a set that stays empty becomes full. mode="argmax": only the answer of the mean over t."""
-    if mode == "argmax":
-        probs = probs.float().mean(0, keepdim=True)  # [1,N,K]
-    largest = probs.amax(2, keepdim=True)  # [T,N,1]
-    candidates = ((probs == largest) & (largest > 0)).any(0)  # [N,K]
-    candidates[~candidates.any(1)] = True
-    return candidates
+def load_clip(name, weights, device):
+    """open_clip's names of model and weights -> model, preprocessing of images, tokenizer."""
+    if name == "tiny":
+        return TinyCLIP(), tiny_pixels, draw  # the toy of section 15
+    try:
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            name, weights, device=device, require_pretrained=True)
+        return model.eval(), preprocess, open_clip.get_tokenizer(name)
+    except Exception as error:  # open_clip and downloads raise nearly any kind of error.
+        raise UserError(f"--clip-model {name} --clip-pretrained {weights}: {error}") from error
+
+def candidate_sets(probs):
+    """P [T,N,K] -> candidate sets S_i = {argmax_k P[t,i,k] : t = 1..T}, bool [N,K]."""
+    candidates = torch.zeros_like(probs[0], dtype=torch.bool)
+    return candidates.scatter(1, probs.argmax(2).T, True)
+
+@torch.inference_mode()
+def annotate(clip, pairs, class_names, templates, device):
+    """Asks CLIP about images -> mean of P over the templates [N,K], candidate sets bool [N,K].
+
+    clip: load_clip()'s; pairs: (image, label), whose label is not used. P is large, and lives
+    for one batch. DIFFERS: float32; published, on a GPU: float16."""
+    model, preprocess, tokenizer = clip
+    text_features = []
+    for template in templates:
+        tokens = tokenizer([template.replace("{}", name) for name in class_names])
+        # Names may differ in capitals alone, or after 77 tokens, where CLIP cuts them off.
+        if len(tokens.unique(dim=0)) < len(class_names):
+            raise UserError(f"CLIP reads {template!r} alike for two of {class_names}: rename")
+        text_features.append(model.encode_text(tokens.to(device), normalize=True))  # [K,D]
+    text_features = torch.stack(text_features)  # [T,K,D]
+
+    means = []
+    sets = []
+    for _, images, _ in load(pairs, preprocess):  # load() stands in section 12.
+        image_features = model.encode_image(images.to(device), normalize=True)  # [B,D]
+        similarity = image_features @ text_features.mT  # [T,B,K]
+        probs = (model.logit_scale.exp() * similarity).float().softmax(2)
+        means.append(probs.mean(0).cpu())
+        sets.append(candidate_sets(probs).cpu())
+    candidates = torch.cat(sets)
+    if len(candidates) < len(pairs):  # Sets would belong to other images.
+        raise UserError("an image that was read before cannot be read now: mend or remove it")
+    return torch.cat(means), candidates
 
 def flip_candidates(labels, num_classes, partial_rate, noise_rate, generator=None):
     """True labels int [N], on the CPU -> synthetic sets, bool [N,K] (the paper's Table 3).
@@ -347,56 +205,10 @@ def flip_candidates(labels, num_classes, partial_rate, noise_rate, generator=Non
     candidates[rows, new_labels] = True
     return candidates
 
-def load_clip(name, weights, device):
-    """open_clip's names of model and weights -> model, preprocessing of images, tokenizer."""
-    if name == "tiny":
-        return TinyCLIP(), tiny_pixels, draw
-    try:
-        model, _, preprocess = open_clip.create_model_and_transforms(
-            name, weights, device=device, require_pretrained=True)
-        return model.eval(), preprocess, open_clip.get_tokenizer(name)
-    except Exception as error:  # open_clip and downloads raise nearly any kind of error.
-        raise UserError(f"--clip-model {name} --clip-pretrained {weights}: {error}") from error
-
-@torch.inference_mode()
-def annotate(clip, pairs, class_names, templates, device):
-    """load_clip()'s model, images as pairs, texts -> P float32 [T,N,K]."""
-    model, preprocess, tokenizer = clip
-    text_features = []
-    for template in templates:
-        tokens = tokenizer([template.replace("{}", name) for name in class_names])
-        # Names may differ in capitals alone, or after 77 tokens, where CLIP cuts them off.
-        if len(tokens.unique(dim=0)) < len(class_names):
-            raise UserError(f"CLIP reads {template!r} alike for two of {class_names}: rename")
-        text_features.append(model.encode_text(tokens.to(device), normalize=True))  # [K,D]
-    text_features = torch.stack(text_features)  # [T,K,D]
-    probs = []
-    for _, images, _ in load(pairs, preprocess):
-        image_features = model.encode_image(images.to(device), normalize=True)  # [B,D]
-        logits = model.logit_scale.exp() * image_features @ text_features.mT  # [T,B,K]
-        probs.append(logits.float().softmax(2).cpu())
-    probs = torch.cat(probs, 1)
-    if probs.shape[1] < len(pairs):  # Rows of P and of the images would not belong together.
-        raise UserError("an image that was read before cannot be read now: mend or remove it")
-    return probs
-
-def read_annotations(path, num_images, num_classes):
-    """An .npz with an array probs, of people's votes or other scores -> P float32 [T,N,K]."""
-    try:
-        probs = torch.from_numpy(np.load(path)["probs"].astype(np.float32))
-    except Exception as error:  # A damaged file makes NumPy raise nearly any kind of error.
-        raise UserError(f"{path}: expected an .npz with an array probs: {error!r}") from error
-    shape = ("T", num_images, num_classes)
-    if probs.shape[1:] != shape[1:] or len(probs) == 0:
-        raise UserError(f"{path}: expected probs of shape {shape}, got {tuple(probs.shape)}")
-    if not 0 <= probs.min() <= probs.max() <= 1:
-        raise UserError(f"{path}: expected 0 to 1, got {probs.min():g} to {probs.max():g}")
-    return probs
-
 # (3) The weak/strong data set --------------------------------------------------------------
 # Views of a whole batch are made at once, on the device: weak, a random crop, mirrored or not;
-# strong, that with one of RandAugment's operations (in colour only) and a cutout. All random
-# numbers come from the CPU's generator; on a CPU a resumed run therefore goes on exactly.
+# strong, that with one of RandAugment's operations (on colour images) and a cutout. All random
+# numbers come from the CPU's generator, so that a resumed run on a CPU goes on exactly.
 
 def crop_and_mirror(images, mirror):
     """Shifts images [B,C,H,H] by up to 1/8 of the side, black beyond; mirrors half of them."""
@@ -411,8 +223,9 @@ def crop_and_mirror(images, mirror):
     return F.grid_sample(images, grid, "nearest", align_corners=False)
 
 def random_operation(images):
-    """One of RandAugment's 14 operations for each 16th part of a batch, [B,3,H,H] in 0..1.
-    DIFFERS: torchvision's ranges; in the published code each image draws its operation."""
+    """One of RandAugment's 14 operations for each 16th part of a batch, [B,3,H,H] in 0..1. An
+    image's two strong views stand in different parts, and so draw apart. DIFFERS:
+    torchvision's ranges; in the published code each image draws its operation."""
     changed = []
     for part in images.chunk(16):
         magnitude = torch.randint(31, ()).item()  # torchvision counts strength from 0 to 30.
@@ -420,9 +233,9 @@ def random_operation(images):
     return torch.cat(changed)
 
 def cutout(images, smallest, largest):
-    """Sets a square anywhere in normalised images [B,C,H,H] to 0, the mean of all pixels.
-    Its side is smallest to largest times the image's. DIFFERS: it may reach over the edge (the
-    code is plainer); 0, since the published fixed colour ruins training on dark pictures."""
+    """Sets a square anywhere in normalised images [B,C,H,H] to 0, the mean of all pixels. Its
+    side is smallest to largest times the image's. DIFFERS: 0, since the published fixed colour
+    ruins training on dark pictures."""
     count, _, side, _ = images.shape
     half = side / 2 * (smallest + (largest - smallest) * torch.rand(count, 1))  # [B,1]
     row = side * torch.rand(count, 1)  # of the square's centre, [B,1]
@@ -436,6 +249,7 @@ def cutout(images, smallest, largest):
 class WeakStrongImages:
     """Training images uint8 [N,C,H,H], sets bool [N,K]; weak or strong views of rows int [B].
     DIFFERS: mean and deviation are measured, since users bring their own images."""
+
     def __init__(self, images, candidates, cfg):
         self.images = images
         self.candidates = candidates
@@ -443,9 +257,6 @@ class WeakStrongImages:
         sample = images[:: 1 + len(images) // 1000] / 255  # up to 1,000 of them, for memory
         self.mean = sample.mean((0, 2, 3), keepdim=True)  # [1,C,1,1]
         self.std = sample.std((0, 2, 3), keepdim=True).clamp_min(1 / 255)  # never 0
-
-    def __len__(self):
-        return len(self.images)
 
     def weak(self, rows):
         images = crop_and_mirror(self.images[rows] / 255, self.cfg.mirror)
@@ -459,19 +270,14 @@ class WeakStrongImages:
 
 # (4) Both networks -------------------------------------------------------------------------
 # Two pre-activation ResNet-18 start from different random weights. Each has a linear
-# classifier f and a projection head, whose output z, of norm 1, is the image's embedding.
+# classifier f and a projection head, whose output z, of norm 1, is the image's embedding. As
+# in the published code, BatchNorm comes after the first convolution, and none at the end.
 
 EMBEDDING_DIM = 128  # D, published code
-SGD_SETTINGS = dict(momentum=0.9, weight_decay=5e-4)  # published code
-
-def bf16_is_fast(device):
-    """Are convolutions on a torch.device faster in bfloat16? On new GPUs and some CPUs."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 class PreActBlock(nn.Module):
-    """Two convolutions and a shortcut, which, too, begins after the first BatchNorm, ReLU."""
+    """Two convolutions and a shortcut; both begin after the first BatchNorm and ReLU."""
+
     def __init__(self, in_channels, channels, stride):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
@@ -480,8 +286,8 @@ class PreActBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.shortcut = nn.Identity()
         if stride != 1 or in_channels != channels:
-            # AvgPool2d keeps every stride'th pixel. A strided 1x1 convolution does so, too,
-            # but its backward pass can write out of bounds on a CPU (torch 2.14).
+            # AvgPool2d keeps every stride'th pixel. The backward pass of nn.Conv2d(4, 8, 1, 2)
+            # on channels-last [2,4,8,8] corrupts memory (torch 2.14, CPU, MALLOC_CHECK_=3).
             conv = nn.Conv2d(in_channels, channels, 1, bias=False)
             self.shortcut = nn.Sequential(nn.AvgPool2d(1, stride), conv)
 
@@ -492,15 +298,16 @@ class PreActBlock(nn.Module):
 
 class CoRegNet(nn.Module):
     """Images [B,C,H,H] -> logits [B,K], embeddings [B,D] of norm 1; for any side from 8."""
+
     def __init__(self, num_classes, in_channels=3, image_size=32, width=64, embedding_dim=128):
         super().__init__()
         self.bf16 = False  # DIFFERS: True has convolutions computed in bfloat16, for speed.
         layers = [nn.Conv2d(in_channels, width, 3, padding=1, bias=False)]
         layers += [nn.BatchNorm2d(width), nn.ReLU()]
         dim = width
-        for channels in (width, 2 * width, 4 * width, 8 * width):
-            # Each stage halves the sides, but not the first if images have under 64 pixels.
-            stride = 1 if channels == width and image_size < 64 else 2
+        first_stride = 1 if image_size < 64 else 2
+        for factor, stride in ((1, first_stride), (2, 2), (4, 2), (8, 2)):
+            channels = factor * width
             layers += [PreActBlock(dim, channels, stride), PreActBlock(channels, channels, 1)]
             dim = channels
         self.encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -513,15 +320,27 @@ class CoRegNet(nn.Module):
             features = self.encoder(images).float()  # [B,dim]
         return self.fc(features), F.normalize(self.head(features))
 
+def bf16_is_fast(device):
+    """Are convolutions on a torch.device faster in bfloat16? On new GPUs and some CPUs."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # The next line asks about the current GPU.
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+
 class Learner:
-    """One of the two networks with all that belongs to it alone. key_net, queue: section 9.
-    losses: [N] of each of the last epochs; split: what split_data() returned; section 6."""
+    """One of the two networks with all that belongs to it alone.
+
+    losses: l_i of the last epochs, list of [N]; split: predictions [N,K] and w [N], section 6.
+    key_net: its slow copy, in training mode, without gradient; queue: the last keys [n,D],
+    their classes [n] and clean flags [n], section 9."""
+
     def __init__(self, num_classes, cfg, device):
         net = CoRegNet(num_classes, cfg.channels, cfg.image_size, cfg.width, EMBEDDING_DIM)
         self.net = net.to(device, memory_format=torch.channels_last)
         is_fast = cfg.precision == "auto" and bf16_is_fast(torch.device(device))
         self.net.bf16 = cfg.precision == "bf16" or is_fast
-        self.optimizer = torch.optim.SGD(self.net.parameters(), cfg.lr, **SGD_SETTINGS)
+        # Momentum and weight decay: published code.
+        self.optimizer = torch.optim.SGD(net.parameters(), cfg.lr, 0.9, weight_decay=5e-4)
         self.key_net = copy.deepcopy(self.net)
         self.queue = MomentumQueue(cfg.queue_size, EMBEDDING_DIM, device)
         self.losses = []
@@ -534,41 +353,28 @@ class Learner:
         self.optimizer.step()
         return {name: term.detach() for name, term in terms.items()}
 
-    def state(self):
-        """For the checkpoint; without key_net and split, which every epoch makes anew."""
-        queue = [self.queue.keys, self.queue.classes, self.queue.clean]
-        return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "queue": queue, "losses": self.losses}
-
-    def load_state(self, state):
-        self.net.load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.queue.keys, self.queue.classes, self.queue.clean = state["queue"]
-        self.losses = state["losses"]
-
 # (5) Warm-up -------------------------------------------------------------------------------
 # "Supervised Training": each network by itself learns, on strong views, that the labels of
-# a set together have probability 1. Eq. 2 keeps it unsure, lest it learn wrong sets by heart.
-# The losses and labels from here on take any dtype and compute in float32.
+# a set together have probability 1. Eq. 2 keeps it unsure, so that it does not learn wrong
+# sets by heart. The losses of sections 5 to 9 take any dtype and compute in float32.
 
 def partial_cross_entropy(logits, candidates):
     """Eq. 1: mean of -log(sum_{k in S_i} p_ik + 1e-5). logits [B,K], S bool [B,K] -> scalar.
-    Published code: the 1e-5; full sets do not count, and if all are full the loss is 0."""
+    Published code: the 1e-5; full sets do not count, and without others the loss is 0."""
     prob_of_set = (logits.float().softmax(1) * candidates).sum(1)  # [B]
-    is_partial = ~candidates.all(1)  # [B]
+    is_partial = ~candidates.bool().all(1)  # [B]
     losses = -torch.log(prob_of_set + 1e-5) * is_partial
     return losses.sum() / is_partial.sum().clamp_min(1)
 
 def negative_entropy(logits):
     """Eq. 2: mean of sum_k p_ik log p_ik; lower is less sure. logits [B,K] -> scalar <= 0."""
     log_probs = logits.float().log_softmax(1)
-    return (log_probs.exp() * log_probs).sum(1).mean()
+    return (log_probs.exp() * log_probs).sum() / max(1, len(logits))
 
 def random_batches(rows, batch_size):
-    """Rows int [n] -> list of batches in random order.
-    DIFFERS: a last batch of one row is left out, since BatchNorm cannot train on it."""
+    """Rows int [n] -> list of batches in random order."""
     batches = rows[torch.randperm(len(rows))].split(batch_size)
-    return [batch for batch in batches if len(batch) > 1]
+    return [batch for batch in batches if len(batch) > 1]  # DIFFERS: one fails in BatchNorm
 
 def mean_terms(steps):
     """Loss terms of all steps, a list of {name: scalar tensor} -> {name: mean, a float}."""
@@ -578,7 +384,7 @@ def mean_terms(steps):
 def warm_up_epoch(learner, data, cfg):
     """An epoch of Eq. 3, the sum of both losses -> means of the loss terms."""
     learner.net.train()
-    rows = torch.arange(len(data), device=data.images.device)
+    rows = torch.arange(len(data.images), device=data.images.device)
     batches = random_batches(rows, 2 * cfg.batch_size)  # twice: published code
     steps = []
     for batch in tqdm(batches, "warm-up", disable=None, leave=False):
@@ -590,13 +396,13 @@ def warm_up_epoch(learner, data, cfg):
 # (6) GMM split -----------------------------------------------------------------------------
 # "Co-Pseudo-Labeling": before each later epoch both networks judge all sets. A set with the
 # true label is learnt early: its loss l_i is small. Two Gaussians are fitted to all l_i; w_i
-# is the probability that l_i is of the Gaussian of lower mean, so that set i is clean. The
-# paper does not mention alignment, scaling, averaging and the numbers below (published code).
+# is the chance that l_i is of the Gaussian of lower mean, and so set i is clean. Published
+# code alone: alignment, scaling and averaging of losses, and the first three constants.
 
 MIXTURE_SETTINGS = dict(n_components=2, max_iter=10, tol=1e-2, reg_covar=5e-4)
 HISTORY_EPOCHS = 5
 CLEAN_THRESHOLD = 0.5  # A set is clean if its w is above this.
-MAX_LOSS = 88.0  # about -log of the least normal float32
+MAX_LOSS = 88.0  # DIFFERS: losses stay finite; about -log of the least normal float32.
 
 def align_distribution(probs, mean_probs, prior):
     """p <- normalise(p * prior / mean p). probs [B,K], mean_probs [K], prior [K] -> [B,K]."""
@@ -611,7 +417,8 @@ def max_candidate_loss(probs, candidates):
 
 def clean_probability(loss_history):
     """Losses [E,N], newest last -> w [N], the posterior of the component with the lower mean.
-    Each epoch's losses are scaled to 0..1, the last epochs' averaged. All equal: w = 0."""
+    Losses are scaled to 0..1 in each epoch and averaged over the last epochs. DIFFERS: a fixed
+    seed; if all are equal, w is 0."""
     losses = loss_history[-HISTORY_EPOCHS:].float().clamp_max(MAX_LOSS)
     low = losses.amin(1, keepdim=True)  # [E,1]
     high = losses.amax(1, keepdim=True)  # [E,1]
@@ -619,33 +426,36 @@ def clean_probability(loss_history):
     values = scaled.mean(0).cpu().numpy()[:, None]  # [N,1]
     if not values.min() < values.max():  # all equal, or NaN
         return torch.zeros_like(losses[0])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Ten rounds without convergence are normal here.
+    with warnings.catch_warnings(action="ignore"):  # Ten rounds may well not converge.
         mixture = GaussianMixture(random_state=0, **MIXTURE_SETTINGS).fit(values)
     posterior = mixture.predict_proba(values)[:, mixture.means_.argmin()]  # [N]
     return torch.from_numpy(posterior).to(losses)
 
 def balance_classes(clean_prob, losses, classes):
     """w, losses [N] -> new w: the same share of each class is clean, its sets of lowest loss.
-    classes int [N]: the likeliest label in each set. DIFFERS (with --balance): one mixture
-    over all classes can call no set of a hard class clean; the class is then not learnt."""
-    share = (clean_prob > CLEAN_THRESHOLD).float().mean().item()
+
+    classes int [N]: the likeliest label in each set. losses: of this epoch alone, which show
+    at once that a class comes back. A clean set's w becomes 0.75 at least. DIFFERS: in one
+    mixture no set of a hard class may be clean; it is then not learnt (hence --balance)."""
+    total_clean = (clean_prob > CLEAN_THRESHOLD).sum().item()
     balanced = torch.zeros_like(clean_prob)
     for k in classes.unique():
         members = (classes == k).nonzero().flatten()
-        num_clean = round(share * len(members))
+        num_clean = math.ceil(total_clean * len(members) / len(classes))
         lowest = members[losses[members].argsort()[:num_clean]]
-        balanced[lowest] = clean_prob[lowest].clamp_min(0.75)  # any above the threshold
+        balanced[lowest] = clean_prob[lowest].clamp_min(0.75)
     return balanced
 
 @torch.no_grad()
 def split_data(learner, data, cfg):
     """A network judges all sets -> aligned predictions [N,K], w [N]; adds to learner.losses.
-    DIFFERS: the alignment takes the mean of this pass, not partly an older one; and if fewer
-    sets than a batch and than a tenth are clean, the tenth of lowest loss counts as clean."""
+
+    DIFFERS: alignment takes the mean of this pass, not partly an older one. If the clean sets
+    are fewer than a batch and fewer than a tenth of all, the tenth of lowest loss counts as
+    clean (published: an error if no set is clean, or if all are)."""
     learner.net.eval()
-    batches = torch.arange(len(data), device=data.images.device).split(512)  # to fit in memory
-    logits = torch.cat([learner.net(data.weak(rows))[0] for rows in batches])
+    rows = torch.arange(len(data.images), device=data.images.device)
+    logits = torch.cat([learner.net(data.weak(batch))[0] for batch in rows.split(512)])
     probs = logits.softmax(1)  # [N,K]
     if "alignment" not in cfg.ablate:
         uniform = torch.full_like(probs[0], 1 / len(probs[0]))
@@ -658,8 +468,9 @@ def split_data(learner, data, cfg):
     if cfg.balance:
         classes = (probs * data.candidates).argmax(1)
         clean_prob = balance_classes(clean_prob, losses, classes)
+
     num_clean = (clean_prob > CLEAN_THRESHOLD).sum().item()
-    tenth = max(2, len(data) // 10)
+    tenth = max(2, len(losses) // 10)
     if num_clean < min(cfg.batch_size, tenth):
         print(f"split: too few sets ({num_clean}) are clean; the {tenth} of lowest loss count")
         clean_prob = torch.zeros_like(losses)
@@ -669,17 +480,19 @@ def split_data(learner, data, cfg):
 # (7) Co-pseudo-labeling, sharpening, mixup -------------------------------------------------
 # Each network learns from the split of the other, its partner. The target of a clean sample is
 # w times the partner's prediction within the set, plus 1 - w times the network's own; that of
-# an unlabeled one, the mean of both. Mixup, Beta(4,4) and ramp are only in the published code.
+# an unlabeled one, the mean of both. Mixup, Beta(4,4) and ramp: published code alone.
 
 MIXUP_ALPHA = 4.0
 RAMP_EPOCHS = 16
 
 def sharpen(probs, temperature):
     """Eq. 7: normalise(p^(1/temperature)); below 1 it makes labels surer. [B,K] -> [B,K]."""
-    return (probs.float().log() / temperature).softmax(1)
+    return (probs.float().log() / temperature).softmax(1)  # the same
 
+@torch.no_grad()
 def refine_labels(own_probs, partner_probs, candidates, clean_prob, temperature):
     """Targets of clean samples, Eq. 6 and 7: sharpen(w r + (1-w) own). [B,K], w [B] -> [B,K].
+
     own: own_probs, means over both weak views. r: partner_probs within the set, normalised
     (Eq. 5). w: clean_prob, from the partner's split."""
     inside = partner_probs.float().clamp_min(1e-12) * candidates  # 1e-12: where all underflow
@@ -687,6 +500,7 @@ def refine_labels(own_probs, partner_probs, candidates, clean_prob, temperature)
     w = clean_prob[:, None]
     return sharpen(w * r + (1 - w) * own_probs, temperature)
 
+@torch.no_grad()
 def guess_labels(probs, temperature):
     """Targets of unlabeled samples, Eq. 6, 7: sharpened mean. Predictions [V,B,K] -> [B,K]."""
     return sharpen(probs.float().mean(0), temperature)
@@ -706,12 +520,12 @@ def ramp_up(epoch, warm_up, length=RAMP_EPOCHS):
 
 def self_training_loss(logits_x, targets_x, logits_u, targets_u, weight_u):
     """Eq. 8: cross-entropy of clean rows + weight_u * mean squared error of unlabeled rows.
-    All [B,K] -> scalar; there may be no unlabeled rows. Squared errors are averaged
-    over classes (published code); the paper sums them."""
-    loss_x = F.cross_entropy(logits_x.float(), targets_x.float())
+    All [B,K] -> scalar; no rows: 0. The paper sums squared errors over classes; the published
+    code averages them."""
+    sum_x = F.cross_entropy(logits_x.float(), targets_x.float(), reduction="sum")
     errors_u = (logits_u.float().softmax(1) - targets_u.float()) ** 2
-    loss_u = errors_u.sum() / max(1, errors_u.numel())  # the mean; 0 if there are no rows
-    return loss_x + weight_u * loss_u
+    loss_u = errors_u.sum() / max(1, errors_u.numel())  # the mean
+    return sum_x / max(1, len(logits_x)) + weight_u * loss_u
 
 # (8) Prototype EMA alignment ---------------------------------------------------------------
 # The prototype o_k of class k is a moving average of the embeddings of its clean images. The
@@ -722,20 +536,23 @@ PROTO_TEMPERATURE = 0.3  # tau, published code
 
 def update_prototypes(prototypes, embeddings, classes, momentum):
     """Eq. 10: o_k <- m o_k + (1-m) z for each z of class k in turn; then norm 1 -> [K,D].
-    prototypes [K,D], embeddings [B,D], classes int [B]. The n steps of a class make, at once,
-    m^n o_k + sum of (1-m) m^j z, where j is how many z of the class come later."""
+
+    prototypes [K,D], embeddings [B,D], classes int [B]. The n steps of a class at once are
+    m^n o_k + sum of (1-m) m^j z, where j is how many z of the class come later; for two:
+    m (m o + (1-m) z_1) + (1-m) z_2 = m^2 o + (1-m) m z_1 + (1-m) z_2. No gradient."""
     belongs = F.one_hot(classes, len(prototypes)).float()  # [B,K]
     n = belongs.sum(0)  # [K]
     j = n - belongs.cumsum(0)  # [B,K]
     weights = belongs * (1 - momentum) * momentum**j
     kept = momentum ** n[:, None] * prototypes  # [K,D]
-    return F.normalize(kept + weights.T @ embeddings.float())
+    return F.normalize(kept + weights.T @ embeddings.detach().float())
 
 def prototype_loss(similarity_x, targets_x, similarity_u, targets_u, weight_u,
                    temperature=PROTO_TEMPERATURE):
     """Eq. 9: KL(y || q) on clean rows, (q - y)^2 on unlabeled ones, up to constants -> scalar.
+
     similarity_x, _u: z . o [B,K] of mixed images; q = softmax(similarity / tau); targets: the
-    mixed ones, y = lam a + (1-lam) b. The published code has
+    mixed y = lam a + (1-lam) b. The published code has
         lam KL(a || q) + (1-lam) KL(b || q)   = cross-entropy(y, q) + a constant,
         lam (q - a)^2 + (1-lam) (q - b)^2     = (q - y)^2 + a constant.
     DIFFERS: without the constants (no gradient), this is Eq. 8 on similarity / tau."""
@@ -744,16 +561,17 @@ def prototype_loss(similarity_x, targets_x, similarity_u, targets_u, weight_u,
     return self_training_loss(logits_x, targets_x, logits_u, targets_u, weight_u)
 
 # (9) MoCo queue, noisy supervised contrastive loss -----------------------------------------
-# "Noisy Contrastive Learning". An anchor is the embedding of an image's first strong view. Its
-# key is that of the second, by a slowly moving copy of the network. Each of A anchors has M
-# entries: anchors, keys, earlier keys (the queue). It is pulled to its own key, and to entries
-# of its pseudo-class if both are clean; the others of its class are ignored.
+# "Noisy Contrastive Learning". An anchor is the embedding of an image's first strong view, its
+# key that of the second, by a slow copy of the network. Each of the A anchors is compared with
+# M entries: all anchors, their keys, earlier keys (the queue). It is pulled to its key, and to
+# entries of its pseudo-class if both are clean; it is pushed away from those of other classes.
 
 CONTRASTIVE_TEMPERATURE = 0.07  # tau, published code
 
 class MomentumQueue:
     """The last `size` keys [n,D] with their classes int [n] and clean flags bool [n].
     DIFFERS: it starts empty, not with random keys, classes and flags, which would mislead."""
+
     def __init__(self, size, dim, device="cpu"):
         self.size = size
         self.keys = torch.zeros(0, dim, device=device)
@@ -761,15 +579,17 @@ class MomentumQueue:
         self.clean = torch.zeros(0, dtype=torch.bool, device=device)
 
     def push(self, keys, classes, clean):
-        """Appends keys [n,D], classes [n], flags [n]; drops the oldest beyond `size`."""
-        self.keys = torch.cat([self.keys, keys.detach().float()])[-self.size :]
-        self.classes = torch.cat([self.classes, classes])[-self.size :]
-        self.clean = torch.cat([self.clean, clean])[-self.size :]
+        """Appends keys [n,D], without gradient, classes [n], flags [n]; drops the oldest."""
+        first = max(0, len(self.keys) + len(keys) - self.size)  # the oldest that stays
+        self.keys = torch.cat([self.keys, keys.detach().float()])[first:]
+        self.classes = torch.cat([self.classes, classes])[first:]
+        self.clean = torch.cat([self.clean, clean])[first:]
 
 def contrastive_masks(classes, clean, num_anchors):
     """Pseudo-classes int [M], clean flags bool [M] -> positives, ignored: bool [A,M] (Eq. 11).
-    The M entries are the A anchors, their A own keys in the same order, and the queue.
-    positives: same class, both clean (itself, too), or own key. ignored: others of a class."""
+
+    The M entries are the A anchors, their keys in the same order, and the queue. positives:
+    own key, or same class and both clean (so itself, too). ignored: same class otherwise."""
     same_class = classes[:num_anchors, None] == classes  # [A,M]
     both_clean = clean[:num_anchors, None] & clean  # [A,M]
     own_key = torch.zeros_like(same_class)
@@ -779,10 +599,11 @@ def contrastive_masks(classes, clean, num_anchors):
 
 def supcon_loss(features, positives, ignored, temperature=CONTRASTIVE_TEMPERATURE):
     """Eq. 11: mean over anchors of the mean over positives of -log softmax(. / tau).
+
     features [M,D] of norm 1, the A anchors first; positives, ignored: bool [A,M]. An anchor is
     never contrasted with itself. DIFFERS: ignored entries are left out of a logsumexp in
     float32; the published code subtracts their sum, and the difference can fall below 0."""
-    with torch.autocast(features.device.type, enabled=False):
+    with torch.autocast(features.device.type, enabled=False):  # for a caller's autocast
         features = features.float()
         similarity = features[: len(positives)] @ features.T / temperature  # [A,M]
     itself = torch.zeros_like(positives)
@@ -791,7 +612,7 @@ def supcon_loss(features, positives, ignored, temperature=CONTRASTIVE_TEMPERATUR
     log_probs = similarity - counted.logsumexp(1, keepdim=True)  # [A,M]
     positives = positives & ~itself
     sums = log_probs.masked_fill(~positives, 0).sum(1)  # [A]
-    return -(sums / positives.sum(1).clamp_min(1)).mean()
+    return -(sums / positives.sum(1).clamp_min(1)).sum() / max(1, len(sums))
 
 # (10) Evaluation ---------------------------------------------------------------------------
 # The prediction is the class with the largest mean of both networks' logits. Figures with *
@@ -818,30 +639,25 @@ def coverage(candidates, labels):
     holds_label = candidates.cpu().gather(1, labels[:, None])
     return 100 * holds_label.float().mean().item()
 
-def clean_shares(split, candidates):
-    """Percentage of clean sets in each class, [K]; near 0 for a class that is lost or absent.
-    split: predictions [N,K] and w [N]. A set is of the class that is likeliest within it."""
-    probs, clean_prob = split
-    members = F.one_hot((probs * candidates).argmax(1), probs.shape[1])  # [N,K]
-    is_clean = (clean_prob > CLEAN_THRESHOLD)[:, None]  # [N,1]
-    return 100 * (members * is_clean).sum(0) / members.sum(0).clamp_min(1)
+def class_shares(logits, candidates):
+    """How often each class is predicted, in percent of its share in the candidate sets, [K]:
+    100 is as often as the sets say, 0 a class that is lost or that no set names. A set of n
+    labels counts as 1/n of each. logits [N,K], candidates bool [N,K]."""
+    predicted = F.one_hot(logits.argmax(1), logits.shape[1]).float().mean(0)  # [K]
+    in_sets = (candidates / candidates.sum(1, keepdim=True)).mean(0)  # [K]
+    return 100 * predicted / in_sets.clamp_min(1e-8)
 
-def evaluate(learners, data, labels, test, class_names):
-    """{name: figure}. labels int [N]: of training; test: (images, labels) or None."""
-    figures = {}
-    if test:
-        logits = predict(learners, test[0], data.mean, data.std)
-        figures["test_acc"] = accuracy(logits, test[1])
-    if learners[0].split is not None:
-        clean = [learner.split[1].cpu() > CLEAN_THRESHOLD for learner in learners]
-        shares = [clean_shares(learner.split, data.candidates) for learner in learners]
-        shares = sum(shares) / 2  # [K]
-        figures["clean"] = sum(clean).sum().item() / 2  # sets, mean of both networks
-        figures["least_clean"] = shares.min().item()
-        figures["least_class"] = class_names[shares.argmin()]
-        if labels.min() >= 0:
-            right = [coverage(data.candidates.cpu()[rows], labels[rows]) for rows in clean]
-            figures["split_precision"] = sum(right) / 2  # right*%: clean sets with the label
+def evaluate(learners, logits, data, labels, class_names):
+    """{name: figure}. logits [N,K], labels int [N] (true, or -1): of the training images."""
+    shares = class_shares(logits, data.candidates)
+    least = shares.argmin()
+    figures = {"least_share": shares[least].item(), "least_class": class_names[least]}
+    if learners[0].split is not None and "split" not in data.cfg.ablate:
+        clean = [learner.split[1] > CLEAN_THRESHOLD for learner in learners]
+        figures["clean"] = torch.stack(clean).sum().item() / 2  # sets, mean of both networks
+        if labels.min() >= 0:  # right*%: clean sets that hold the true label
+            right = [coverage(data.candidates[rows], labels[rows.cpu()]) for rows in clean]
+            figures["split_precision"] = sum(right) / 2
     return figures
 
 # (11) Training -----------------------------------------------------------------------------
@@ -859,18 +675,18 @@ def endless_batches(rows, batch_size):
 def co_train_epoch(own, partner, prototypes, data, cfg, epoch):
     """A network learns for an epoch from the split of its partner -> means of the loss terms.
     own, partner: Learners. prototypes [K,D] change in place. epoch: of the run, from 0."""
-    # Published code: each epoch the key encoder starts as a copy; only the partner is in eval
-    # mode, while the network makes labels in training mode.
+    # Published code: the key encoder starts each epoch as a copy of the network.
     own.key_net.load_state_dict(own.net.state_dict())
+    # Published code: the partner makes labels in eval mode, the network in training mode.
     partner.net.eval()
-    own.net.train()  # after eval(): with --ablate co-pl both are the same network
+    own.net.train()  # last: with --ablate co-pl both are one network.
     partner_probs, clean_prob = partner.split
     rows_x = (clean_prob > CLEAN_THRESHOLD).nonzero().flatten()
     rows_u = (clean_prob <= CLEAN_THRESHOLD).nonzero().flatten()
     if "unlabeled" in cfg.ablate:
         rows_u = rows_u[:0]
     # Are Eq. 9-11 used yet? ">" and not ">=": published code. DIFFERS: until then they are not
-    # computed, to save time, so prototypes and queue stay as they were.
+    # computed, to save time, so prototypes, queue and BatchNorm's statistics do not move.
     with_representation = epoch > cfg.warm_up + cfg.start_contrastive
 
     batches_x = random_batches(rows_x, cfg.batch_size)
@@ -889,14 +705,14 @@ def co_train_epoch(own, partner, prototypes, data, cfg, epoch):
             # Labels of unlabeled samples: both networks on both weak views.
             targets_u = partner_probs[:0]  # [0,K], if there are none
             if len(batch_u):
+                # In training mode a pass takes one view, for BatchNorm's statistics.
+                own_logits = [own.net(u_w1)[0], own.net(u_w2)[0]]
                 partner_logits, _ = partner.net(torch.cat([u_w1, u_w2]))
-                logits_u = [own.net(u_w1)[0], own.net(u_w2)[0]]  # BatchNorm: view by view
-                logits_u += partner_logits.chunk(2)
-                probs_u = torch.stack(logits_u).softmax(2)  # [V,B,K], V = 4
-                targets_u = guess_labels(probs_u, cfg.temperature)
+                logits_u = torch.stack([*own_logits, *partner_logits.chunk(2)])
+                targets_u = guess_labels(logits_u.softmax(2), cfg.temperature)  # V = 4
 
             # Labels of clean samples: the partner's split within the set, own predictions.
-            logits_w1, embeddings_w1 = own.net(x_w1)
+            logits_w1, z_w1 = own.net(x_w1)  # z: embeddings
             logits_w2, _ = own.net(x_w2)
             own_probs = (logits_w1.softmax(1) + logits_w2.softmax(1)) / 2
             candidates_x = data.candidates[batch_x]
@@ -921,8 +737,7 @@ def co_train_epoch(own, partner, prototypes, data, cfg, epoch):
         # Prototypes: first weak views of clean samples move them (Eq. 10), mixed images are
         # drawn to them (Eq. 9). Published code: here lambda_u has no ramp.
         if with_representation and "prototype" not in cfg.ablate:
-            classes_x = targets_x.argmax(1)
-            moved = update_prototypes(prototypes, embeddings_w1, classes_x, cfg.momentum)
+            moved = update_prototypes(prototypes, z_w1, targets_x.argmax(1), cfg.momentum)
             prototypes.copy_(moved)
             similarity = embeddings @ prototypes.T  # [2 B_x + 2 B_u, K]
             proto_loss = prototype_loss(similarity[:n], y_x, similarity[n:], y_u, cfg.lambda_u)
@@ -932,8 +747,7 @@ def co_train_epoch(own, partner, prototypes, data, cfg, epoch):
         if with_representation:
             _, anchors = own.net(torch.cat([x_s1, u_s1]))
             with torch.no_grad():
-                weights = zip(own.key_net.parameters(), own.net.parameters())
-                for key_weight, weight in weights:
+                for key_weight, weight in zip(own.key_net.parameters(), own.net.parameters()):
                     key_weight.mul_(cfg.momentum).add_(weight, alpha=1 - cfg.momentum)
                 _, keys = own.key_net(torch.cat([x_s2, u_s2]))
             classes = torch.cat([targets_x, targets_u]).argmax(1)
@@ -966,141 +780,421 @@ def train_epoch(learners, prototypes, data, cfg, epoch):
     else:
         for learner in learners:
             learner.split = split_data(learner, data, cfg)
-        partners = [learners[1], learners[0]]
-        if "co-pl" in cfg.ablate:
-            partners = learners
+        partners = learners if "co-pl" in cfg.ablate else learners[::-1]
         terms_1, terms_2 = [co_train_epoch(own, partner, prototypes, data, cfg, epoch)
                             for own, partner in zip(learners, partners)]
     return {name: (terms_1[name] + terms_2[name]) / 2 for name in terms_1}
 
-# (12) The run: files, command line ---------------------------------------------------------
+# (12) Data sets ----------------------------------------------------------------------------
+# From here on: the tool. A data set is a sequence of pairs (PIL image or path of a photo,
+# label), mostly torchvision's; the label -1 means that nobody knows it. In files an image goes
+# by its name: a photo's path below train/, or else its number in the data set.
+
+DIGITS = "zero one two three four five six seven eight nine".split()
+SIGNS = phrases("""Speed limit 20; Speed limit 30; Speed limit 50; Speed limit 60;
+    Speed limit 70; Speed limit 80; Speed limit 80 cancelled; Speed limit 100; Speed limit 120;
+    No passing; No truck overtaking; Only have priority at the next intersection;
+    Priority road; Give way; Stop; All vehicles prohibited; Trucks prohibited; No entry;
+    Caution!; Curve (to the left); Curve (to the right); Continuous curves; Rough road;
+    Slippery road; The road narrows on the right; Construction site; Signal light;
+    Pay attention to pedestrians; Pay attention to children; Watch out for bikes;
+    Watch out for snow/ice on the road; Deer ahead; Unlimited speed; Turn right; Turn left;
+    Go straight; Go straight and turn right; Go straight and turn left; Drive on the right;
+    Drive on the left; Driving around the island; Lift ban on no passing;
+    Lift ban on truck overtaking""")
+CLASS_NAMES = {  # The other data sets bring their names with them.
+    "digits": DIGITS,
+    "svhn": [f"number {digit}" for digit in range(10)],
+    "gtsrb": [f"German Traffic Sign: {sign}" for sign in SIGNS],
+}
+
+PRESETS = {  # as in the published code; those of digits and folder are this file's own
+    "digits": dict(
+        channels=1, image_size=8, mirror=False, cutout=[0, 0.33], clip_model="tiny",
+        templates="digits", width=16, epochs=20, warm_up=8, start_contrastive=1,
+        batch_size=64, lr=0.05, lr_period=0, momentum=0.99, queue_size=1024, precision="fp32"),
+    "folder": dict(epochs=100, lr_period=0),
+    "cifar10": dict(),
+    "cifar100": dict(warm_up=100),
+    "svhn": dict(mirror=False),
+    "fmnist": dict(channels=1, image_size=28, cutout=[16 / 28, 16 / 28], epochs=100),
+    "eurosat": dict(image_size=64, epochs=100),
+    "gtsrb": dict(image_size=64, mirror=False, epochs=100),
+}
+
+def standard(text):
+    """A name without outer blanks, in NFC, as UTF-8 can hold it; else UnicodeEncodeError."""
+    return unicodedata.normalize("NFC", text.strip()).encode().decode()
+
+def to_square(image):
+    """PIL image -> its centre square in RGB, upright by its EXIF data, on white."""
+    square = TF.center_crop(image, min(image.size))  # first: the steps below copy the image
+    with contextlib.suppress(Exception):  # Damaged EXIF data raise any kind of error.
+        square.info["exif"] = image.getexif().tobytes()  # A part of a TIFF image loses it.
+        square = ImageOps.exif_transpose(square)
+    if square.has_transparency_data:
+        square = square.convert("RGBA")
+        square = Image.alpha_composite(Image.new("RGBA", square.size, "white"), square)
+    return square.convert("RGB")
+
+def open_image(path):
+    """Image file -> PIL image as to_square() makes it. UserError if it cannot be read."""
+    try:
+        image = Image.open(path)
+        # Deep colour shows only in the tile, as RGB;16B (but BGR;16: 16 bits in a pixel).
+        if image.mode[0] in "IF" or ";16" in str(image.tile).replace("BGR;16", ""):
+            raise ValueError("it has more than 8 bits a channel")
+        image.load()
+    except MemoryError:  # no fault of the photo
+        raise
+    except Exception as error:  # A broken file makes Pillow raise nearly any kind of error.
+        raise UserError(f"{path}: expected an image that can be read, but {error}") from error
+    return to_square(image)
+
+def find_images(root):
+    """Pairs (image file at any depth, name of its top folder in root or ""), sorted."""
+
+    def fail(error):
+        raise UserError(f"{root}: expected a folder of images, but {error}") from error
+
+    pairs = []
+    for folder, inner, files in os.walk(root, onerror=fail, followlinks=True):
+        inner[:] = [name for name in inner if name[0] != "."]  # os.walk() enters these.
+        parts = Path(folder).relative_to(root).parts
+        top = standard(parts[0]) if parts else ""
+        for path in [Path(folder, name) for name in files if name[0] != "."]:
+            if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
+                pairs.append((path, top))
+            elif not path.suffix and not path.exists():
+                raise UserError(f"{path}: expected a link that leads somewhere")
+    return sorted(pairs)
+
+def read_photos(root, classes):
+    """root/train and perhaps root/test -> training pairs, test pairs, class names. Folders in
+    train/ name the classes; or, with classes such as "cat,dog", its images have no labels."""
+    train = find_images(f"{root}/train")
+    test = find_images(f"{root}/test") if os.path.lexists(f"{root}/test") else []
+    if classes:
+        names = [standard(name) for name in classes.split(",")]
+    else:
+        names = sorted({standard(path.name) for path in Path(root, "train").iterdir()
+                        if path.name[0] != "." and not path.is_file()})
+        odd = {folder for _, folder in train} ^ set(names)
+        if odd:
+            raise UserError(f"{root}/train: expected images in each folder, and none beside"
+                            f" them (''), or --classes; look at {sorted(odd)}")
+    strangers = {folder or "no folder" for _, folder in test} - set(names)
+    if strangers:
+        raise UserError(f"{root}/test: expected folders {names}, got {sorted(strangers)}")
+    train = [(path, -1 if classes else names.index(folder)) for path, folder in train]
+    test = [(path, names.index(folder)) for path, folder in test]
+    return train, test, names
+
+def read_known(name, root):
+    """Any data set but a folder -> training part, test part or None."""
+    if name == "digits":  # scikit-learn's 1,797 images of 8 x 8 pixels, with values 0 to 16
+        digits = load_digits()
+        pixels = (digits.images * 255 / 16).astype("uint8")
+        return list(zip(map(Image.fromarray, pixels), digits.target.tolist())), None
+    if name == "eurosat":
+        return datasets.EuroSAT(root, download=True), None
+    readers = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100,
+               "fmnist": datasets.FashionMNIST, "svhn": datasets.SVHN, "gtsrb": datasets.GTSRB}
+    parts = ("train", "test") if name in ("svhn", "gtsrb") else (True, False)
+    return [readers[name](root, part, download=True) for part in parts]
+
+def read_dataset(cfg):
+    """Settings -> training pairs, their names, test pairs (perhaps none), class names."""
+    if cfg.dataset == "folder":
+        train, test, class_names = read_photos(cfg.data_dir, cfg.classes)
+        root = Path(cfg.data_dir, "train")
+        names = [standard(path.relative_to(root).as_posix()) for path, _ in train]
+    else:
+        try:
+            train, test = read_known(cfg.dataset, cfg.data_dir)
+        except (OSError, RuntimeError, EOFError, TarError, BadZipFile) as error:
+            text = f"--data-dir {cfg.data_dir}: expected all of {cfg.dataset}, but {error!r}"
+            raise UserError(text) from error
+        class_names = CLASS_NAMES.get(cfg.dataset) or train.classes
+        names = [str(row) for row in range(len(train))]
+    if len(set(class_names)) < max(2, len(class_names)) or "" in class_names:
+        raise UserError(f"--classes, folders: expected 2 or more unlike names: {class_names}")
+
+    # The same order for every --seed. Published code: its last fifth is held out.
+    rows = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
+    if test is None:
+        num_train = round(0.8 * len(rows))
+        test = Subset(train, rows[num_train:])
+        rows = rows[:num_train]
+    rows = sorted(rows[: cfg.num_samples])  # [:None] keeps all
+    return Subset(train, rows), [names[row] for row in rows], test, class_names
+
+def load(pairs, transform):
+    """Pairs -> batches (rows, transformed images, labels) of those that can be read. The
+    others are named. Of a photo only the transformed image is kept: photos are large."""
+
+    def read(row):
+        image, label = pairs[row]
+        if isinstance(image, Path):
+            try:
+                image = open_image(image)
+            except UserError as error:
+                print(f"left out: {error}", file=sys.stderr)
+                return None
+        return row, transform(image), label
+
+    with ThreadPoolExecutor(4) as pool:
+        for rows in tqdm(torch.arange(len(pairs)).split(256), "read", disable=None):
+            batch = [item for item in pool.map(read, rows.tolist()) if item]
+            if batch:
+                good_rows, images, labels = zip(*batch)
+                yield list(good_rows), torch.stack(images), torch.tensor(labels)
+
+def to_pixels(image, cfg):
+    """PIL image -> uint8 [C,H,H], what the networks see."""
+    mode = "L" if cfg.channels == 1 else "RGB"
+    return TF.pil_to_tensor(TF.resize(image.convert(mode), [cfg.image_size, cfg.image_size]))
+
+def read_images(pairs, cfg):
+    """Pairs -> rows that can be read, images uint8 [N,C,H,H], labels int [N] (-1: none)."""
+    batches = list(load(pairs, lambda image: to_pixels(image, cfg)))
+    if sum(len(rows) for rows, _, _ in batches) < 2:
+        raise UserError(f"--data-dir {cfg.data_dir}: fewer than two images that can be read")
+    rows, images, labels = zip(*batches)
+    rows = [row for batch in rows for row in batch]
+    return rows, torch.cat(images), torch.cat(labels)
+
+def read_annotations(path, names, class_names):
+    """CSV file with columns path and label, a line an answer -> numbers of answers [N,K]."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            lines = csv.DictReader(file, restval="")
+            answers = [(lines.line_num, standard(line["path"]), standard(line["label"]))
+                       for line in lines]
+    except (KeyError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: expected a CSV file in UTF-8 with a first line that names"
+                        f" path and label between commas, but {error!r}") from error
+    votes = torch.zeros(len(names), len(class_names), dtype=torch.int32)
+    rows = {name: row for row, name in enumerate(names)}
+    for line, name, label in answers:
+        if label not in [*class_names, ""]:
+            raise UserError(f"{path}, line {line}: {label!r} is not one of {class_names}")
+        if label and name in rows:
+            votes[rows[name], class_names.index(label)] += 1
+    num_others = sum(name not in rows for _, name, _ in answers)
+    num_empty = (votes.sum(1) == 0).sum().item()
+    print(f"{path}: {num_others} lines are of other images; {num_empty} images have no answer")
+    if num_empty == len(names):
+        raise UserError(f"{path}: expected answers, with paths such as {names[0]!r}")
+    return votes
+
+def combine_answers(probs, votes, rounds=10):
+    """Predictions [N,K], numbers of answers [N,K] -> probabilities of the labels [N,K].
+
+    One-coin model (Dawid and Skene, 1979; with a classifier, Raykar et al., 2010): each answer
+    is right with chance a, or else any other label; a and the labels are fitted in turns."""
+    num_wrong = probs.shape[1] - 1
+    log_probs = probs.clamp_min(1e-6).log()
+    labels = probs
+    for _ in range(rounds):
+        a = ((labels * votes).sum() / votes.sum().clamp_min(1)).clamp(0.001, 0.999)
+        labels = (log_probs + votes * (a * num_wrong / (1 - a)).log()).softmax(1)
+    return labels
+
+def write_csv(path, mode, header, rows):
+    with open(path, mode, newline="", encoding="utf-8-sig") as file:  # -sig is for Excel.
+        csv.writer(file).writerows([header, *rows])
+
+# (13) The command line ---------------------------------------------------------------------
+# The value of a setting is the first that is found: on the command line, in the run to resume
+# except for the device, in the preset of the data set, in the defaults of section 0. A run
+# keeps what was used before training, and what fixes the sizes of its tensors.
+
+KEPT = """dataset classes num_samples annotations synthetic clip_model clip_pretrained
+    templates seed output_dir image_size channels width queue_size""".split()
+
+def parse(argv):
+    """Words of the command line -> settings. SystemExit(2), or UserError: bad --resume."""
+    usage = "coreg.py [--flag value ...]; coreg.py --help shows all flags"
+    parser = argparse.ArgumentParser("coreg.py", usage, add_help=False, allow_abbrev=False)
+    add_settings(parser)
+    # A first pass reads --dataset and --resume, which set the defaults of the second, and sees
+    # whether --batch-size is given. --help comes later: it shows the second's defaults.
+    chosen, _ = parser.parse_known_args(argv, argparse.Namespace(batch_size=None))
+    own_dir = time.strftime(f"runs/{chosen.dataset}-seed{chosen.seed}-%Y%m%d-%H%M%S")
+    parser.set_defaults(**PRESETS[chosen.dataset], output_dir=own_dir)
+    saved = {}
+    if chosen.resume:
+        saved = read_checkpoint(chosen.resume)["settings"]
+        parser.set_defaults(**{**saved, "device": chosen.device})
+    parser.add_argument("-h", "--help", action="help", help="show all flags (and defaults)")
+    cfg = parser.parse_args(argv)
+    cfg.batch_fits = chosen.batch_size is None and saved.get("batch_fits", True)
+    for name in KEPT:
+        if chosen.resume and getattr(cfg, name) != saved[name]:
+            parser.error(f"--resume: leave --{name.replace('_', '-')} out: a run keeps it")
+    if cfg.warm_up > cfg.epochs:
+        parser.error(f"--warm-up {cfg.warm_up} is more than --epochs {cfg.epochs}: set both")
+    if cfg.synthetic and (cfg.annotations or cfg.classes):
+        parser.error("--synthetic: expected no --annotations and no --classes beside it")
+    if cfg.classes and cfg.dataset != "folder":
+        parser.error("--classes: expected --dataset folder beside it")
+    if cfg.balance and "split" in cfg.ablate:
+        parser.error("--balance and --ablate split: expected one of them")
+    return cfg
+
+# (14) The run: its files -------------------------------------------------------------------
 # A run's folder holds checkpoint.pt, all that --resume and load_classifier() need, and, for
-# people, metrics.jsonl (a record of every epoch) and annotations.npz (P, for --annotations).
+# people, metrics.jsonl (a record of every epoch), annotations.csv (the answers, or the labels
+# of the sets) and labels.csv (the training images' labels after the last epoch).
 
 def read_checkpoint(folder, device="cpu"):
-    """A run's folder -> the dict that run() saved there."""
+    """A run's folder -> the dict that save() wrote there."""
     path = Path(folder, "checkpoint.pt")
     try:
         checkpoint = torch.load(path, device, weights_only=True)
-        if "settings" not in checkpoint:
-            raise ValueError("it is of an older version of coreg.py")
-        return checkpoint
     except Exception as error:  # A damaged file makes torch raise nearly any kind of error.
         raise UserError(f"{path}: expected a run's complete checkpoint: {error!r}") from error
+    if "names" not in checkpoint or vars(parse([])).keys() - checkpoint["settings"].keys():
+        raise UserError(f"{path}: expected a checkpoint of this version of coreg.py")
+    return checkpoint
 
-def make_sets(cfg, folder, pairs, images, labels, class_names):
-    """Claims the run's folder, writes P to annotations.npz -> candidate sets, bool [N,K]."""
-    folder.mkdir(parents=True, exist_ok=True)
-    found = sorted(path.name for path in folder.iterdir())
-    if found or not os.access(folder, os.W_OK):
-        raise UserError(f"{folder}: expected an empty folder that may be written, or --resume"
-                        f" if it holds checkpoint.pt; it holds {found}")
+def save(folder, state, learners):
+    """Writes metrics.jsonl, and checkpoint.pt: a run's state, with that of its learners."""
+    text = "".join(json.dumps(record) + "\n" for record in state["records"])
+    Path(folder, "metrics.jsonl").write_text(text)
+    state["random_state"] = torch.get_rng_state()
+    state["learners"] = [{
+        "net": learner.net.state_dict(), "optimizer": learner.optimizer.state_dict(),
+        "queue": [learner.queue.keys, learner.queue.classes, learner.queue.clean],
+        "losses": learner.losses} for learner in learners]
+    content = io.BytesIO()  # torch.save() itself hides why a file cannot be written.
+    torch.save(state, content)
+    Path(folder, "checkpoint.tmp").write_bytes(content.getbuffer())
+    os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")  # whole at any time
+
+def get_answers(cfg, pairs, names, labels, class_names):
+    """Numbers of answers, int [N,K]: of a file; or 1 for each label of a set made here."""
     if cfg.synthetic:
-        if labels.min() < 0:
-            raise UserError("--synthetic: expected labels of training images: no --classes")
         generator = torch.Generator().manual_seed(cfg.seed)
-        sets = flip_candidates(labels, len(class_names), *cfg.synthetic, generator)
-        probs = sets[None].float()  # one annotator, for whom the labels of a set tie
-    elif cfg.annotations:
-        probs = read_annotations(cfg.annotations, len(images), len(class_names))
-    else:
-        templates = TEMPLATES.get(cfg.templates) or phrases(cfg.templates)
-        if any("{}" not in template for template in templates):
-            raise UserError(f"--templates: expected {{}} for the class in each of {templates}")
-        clip = load_clip(cfg.clip_model, cfg.clip_pretrained, cfg.device)
-        probs = annotate(clip, pairs, class_names, templates, cfg.device)
-    with open(folder / "annotations.npz", "xb") as file:  # fails if it is another run's now
-        np.savez(file, probs=probs)
-    candidates = candidate_sets(probs)
-    print(f"candidate sets: {candidates.sum(1).float().mean():.2f} labels on average")
-    answered = probs.sum((0, 2)) > 0  # [N]; of some images all annotators may abstain.
+        return flip_candidates(labels, len(class_names), *cfg.synthetic, generator).int()
+    if cfg.annotations:
+        return read_annotations(cfg.annotations, names, class_names)
+    templates = TEMPLATES.get(cfg.templates) or phrases(cfg.templates)
+    if any("{}" not in template for template in templates):
+        raise UserError(f"--templates: expected {{}} for the class in each of {templates}")
+    clip = load_clip(cfg.clip_model, cfg.clip_pretrained, cfg.device)
+    mean_probs, candidates = annotate(clip, pairs, class_names, templates, cfg.device)
     if labels.min() >= 0:
-        print(f"sets without the true label*: {100 - coverage(candidates, labels):.2f} %")
-    if labels.min() >= 0 and answered.any() and not cfg.synthetic:
-        clip_acc = accuracy(probs.mean(0)[answered], labels[answered])
+        clip_acc = accuracy(mean_probs, labels)
         print(f"the annotator, the mean of its templates, is right in*: {clip_acc:.2f} %")
-    return candidates
+    return candidates.int()
 
 def run(cfg):
-    """Data -> candidate sets -> training -> the files of the run."""
+    """Images -> candidate sets -> training -> the files of the run."""
     try:
         device = torch.zeros(1, device=cfg.device).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {cfg.device}: expected one that works: {error}") from error
     folder = Path(cfg.resume or cfg.output_dir)
 
-    pairs, test_pairs, class_names = read_dataset(cfg)
-    pairs, images, labels = read_images(pairs, cfg)
-    if len(images) < 2:
-        raise UserError(f"--data-dir {cfg.data_dir}: expected two training images or more")
-    test = read_images(test_pairs, cfg)[1:] if len(test_pairs) else None
-    num_test = len(test[1]) if test else 0
-    print(f"{cfg.dataset}: {len(images)} training, {num_test} test images, on {device}")
+    # The images.
+    pairs, names, test_pairs, class_names = read_dataset(cfg)
     print(f"{len(class_names)} classes: {', '.join(class_names)}")
     print(f"results go to {folder}", flush=True)
-    fingerprint = [zlib.crc32(images.numpy()), class_names]
+    if not cfg.resume:
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {"annotations.csv", "checkpoint.pt", "labels.csv", "metrics.jsonl"}
+        taken = files & {*os.listdir(folder)}
+        if taken or not os.access(folder, os.W_OK):
+            raise UserError(f"{folder}: expected a folder that may be written, without a run;"
+                            f" it holds {taken}; --resume goes on with a run")
+    rows, images, labels = read_images(pairs, cfg)
+    pairs = Subset(pairs, rows)
+    names = [names[row] for row in rows]
+    test = read_images(test_pairs, cfg)[1:] if len(test_pairs) else ([], [])
+    print(f"{cfg.dataset}: {len(images)} training, {len(test[1])} test images, on {device}")
+    pixel_means = torch.stack([image.float().mean() for image in images])  # [N]
+
+    # Their candidate sets. (Versions of a decoder differ, by less than 3 of 255.)
     if cfg.resume:
-        checkpoint = read_checkpoint(folder, device)
-        candidates = checkpoint["candidates"]
-        if checkpoint["fingerprint"] != fingerprint:
+        state = read_checkpoint(folder, device)
+        same = [state["names"], state["class_names"]] == [names, class_names]
+        if not same or (state["pixel_means"].cpu() - pixel_means).abs().max() > 3:
             raise UserError(f"--data-dir {cfg.data_dir}: expected the images of {folder}")
     else:
-        candidates = make_sets(cfg, folder, pairs, images, labels, class_names)
-
-    # The state of training, new or from the checkpoint.
-    torch.manual_seed(cfg.seed)
-    data = WeakStrongImages(images.to(device), candidates.to(device), cfg)
-    learners = [Learner(len(class_names), cfg, device) for _ in range(2)]
-    prototypes = torch.zeros(len(class_names), EMBEDDING_DIM, device=device)
-    records = []
-    if cfg.resume:
-        for learner, state in zip(learners, checkpoint["learners"]):
-            learner.load_state(state)
-        prototypes = checkpoint["prototypes"]
-        records = checkpoint["records"]
-        torch.set_rng_state(checkpoint["random_state"].cpu())
-
-    def save():
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        Path(folder, "metrics.jsonl").write_text(text)
+        votes = get_answers(cfg, pairs, names, labels, class_names)
+        lines = [(names[row], class_names[k]) for row, k in votes.nonzero().tolist()
+                 for _ in range(votes[row, k])]
+        write_csv(folder / "annotations.csv", "x", ("path", "label"), lines)
         state = dict(
-            settings=vars(cfg), class_names=class_names, fingerprint=fingerprint,
-            candidates=candidates, mean=data.mean, std=data.std, prototypes=prototypes,
-            learners=[learner.state() for learner in learners], records=records,
-            random_state=torch.get_rng_state())
-        content = io.BytesIO()  # torch.save() itself hides why a file cannot be written.
-        torch.save(state, content)
-        Path(folder, "checkpoint.tmp").write_bytes(content.getbuffer())
-        os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")  # whole at any time
+            class_names=class_names, names=names, pixel_means=pixel_means, votes=votes,
+            learners=[], records=[],
+            prototypes=torch.zeros(len(class_names), EMBEDDING_DIM, device=device))
+    votes = state["votes"].to(device)
+    candidates = (votes > 0) | (votes.sum(1, keepdim=True) == 0)  # no answer: a full set
+    print(f"candidate sets: {candidates.sum(1).float().mean():.2f} labels on average")
+    if labels.min() >= 0:
+        print(f"sets without the true label*: {100 - coverage(candidates, labels):.2f} %")
 
-    if not cfg.resume:
-        save()
-    if len(images) < 20 * cfg.batch_size:
-        print("note: an epoch has fewer than 20 steps; a lower --batch-size may learn more")
-    print("epoch    phase    loss   clean   test% right*% seconds  least clean", flush=True)
-    for epoch in range(len(records), cfg.epochs):
-        start = time.time()
-        terms = train_epoch(learners, prototypes, data, cfg, epoch)
+    # The state of training.
+    twentieth = max(8, len(images) // 20)
+    if cfg.batch_fits:
+        cfg.batch_size = min(cfg.batch_size, twentieth)
+    torch.manual_seed(cfg.seed)
+    data = WeakStrongImages(images.to(device), candidates, cfg)
+    learners = [Learner(len(class_names), cfg, device) for _ in range(2)]
+    for learner, saved in zip(learners, state["learners"]):  # none in a new run
+        learner.net.load_state_dict(saved["net"])
+        learner.optimizer.load_state_dict(saved["optimizer"])
+        learner.queue.push(*saved["queue"])
+        learner.losses = saved["losses"]
+    state.update(settings=vars(cfg), mean=data.mean, std=data.std)
+    if cfg.resume:
+        torch.set_rng_state(state["random_state"].cpu())
+    else:
+        save(folder, state, learners)
+
+    # Training.
+    print("width", cfg.width, "batch", cfg.batch_size, "epochs", cfg.epochs, "ablate", cfg.ablate)
+    if cfg.batch_size > twentieth:
+        print(f"note: an epoch has few steps; --batch-size {twentieth} may learn more")
+    if cfg.warm_up < cfg.epochs <= cfg.warm_up + cfg.start_contrastive + 1:
+        print("note: prototypes and contrast (Eq. 9 to 11) never join; raise --epochs")
+    print("epoch    phase    loss   clean   test% right*% seconds  rarest class", flush=True)
+    for epoch in range(len(state["records"]), cfg.epochs):  # DIFFERS: not one more
+        start = time.perf_counter()
+        terms = train_epoch(learners, state["prototypes"], data, cfg, epoch)
         loss = sum(terms.values())
-        # Weights, too, since no term has seen the last step.
-        weights = [*learners[0].net.parameters(), *learners[1].net.parameters()]
-        if not math.isfinite(loss) or not all(weight.isfinite().all() for weight in weights):
+        logits = predict(learners, data.images, data.mean, data.std)
+        if not math.isfinite(loss) or not logits.isfinite().all():  # after the last step, too
             raise UserError(f"epoch {epoch + 1} not finite, {terms}: --resume with lower --lr")
         phase = "warm-up" if epoch < cfg.warm_up else "co-train"
-        record = {"epoch": epoch + 1, "phase": phase, "loss": loss, **terms}
-        record.update(evaluate(learners, data, labels, test, class_names))
-        record["seconds"] = time.time() - start
-        records.append(record)
-        save()
+        figures = evaluate(learners, logits, data, labels, class_names)
+        record = {"epoch": epoch + 1, "phase": phase, "loss": loss, **terms, **figures}
+        if len(test[1]):
+            test_logits = predict(learners, test[0], data.mean, data.std)
+            record["test_acc"] = accuracy(test_logits, test[1])
+        record["seconds"] = time.perf_counter() - start
+        state["records"].append(record)
+        # Labels: of predictions and answers, or, by Eq. 6, of predictions and sets.
+        probs = logits.softmax(1)
+        if cfg.annotations:
+            probs = combine_answers(probs, votes)
+        elif "clean" in record:
+            clean_prob = (learners[0].split[1] + learners[1].split[1]) / 2
+            probs = refine_labels(probs, probs, data.candidates, clean_prob, temperature=1.0)
+        best = zip(names, probs.argmax(1).tolist(), probs.amax(1).tolist())
+        lines = [(name, class_names[k], f"{prob:.3f}") for name, k, prob in best]
+        write_csv(folder / "labels.csv", "w", ("path", "label", "probability"), lines)
+        save(folder, state, learners)
         line = f"{epoch + 1:5} {phase:>8} {loss:7.4f}"
         for name in ("clean", "test_acc", "split_precision", "seconds"):
             line += f" {record[name]:7.1f}" if name in record else f" {'-':>7}"
-        if "least_clean" in record:
-            line += f"  {record['least_clean']:.0f} % of {record['least_class']}"
-        print(line, flush=True)
-    print(f"finished after epoch {len(records)}, files in {folder}")
-    if "test_acc" in records[-1]:
-        print(f"result: {records[-1]['test_acc']:.1f} % of test images right")
+        print(f"{line}  {record['least_share']:.0f} % of {record['least_class']}", flush=True)
+    print(f"finished after epoch {len(state['records'])}, see labels.csv in {folder}")
+    if len(test[1]):
+        print(f"result: {state['records'][-1]['test_acc']:.1f} % of test images right")
 
 def load_classifier(folder, device="cpu"):
     """A run's folder -> class names, function: list of 8-bit PIL images -> probs [n,K]."""
@@ -1115,6 +1209,7 @@ def load_classifier(folder, device="cpu"):
             images = [to_square(image) for image in images]
         pixels = torch.stack([to_pixels(image, cfg) for image in images])  # [n,C,H,H]
         return predict(learners, pixels, checkpoint["mean"], checkpoint["std"]).softmax(1)
+
     return checkpoint["class_names"], classify
 
 def main(argv=None):
@@ -1128,13 +1223,16 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(f"coreg.py: interrupted; --resume {folder}, if training began", file=sys.stderr)
         return 130
-    except (UserError, OSError) as error:
+    except (UserError, OSError, UnicodeEncodeError) as error:
+        text = str(error)
         if isinstance(error, OSError) and not error.filename:  # a full disk
-            error = f"{folder}: {error}"
-        print("coreg.py:", " ".join(str(error).split()), file=sys.stderr)
+            text = f"{folder}: {error}"
+        if isinstance(error, UnicodeEncodeError):
+            text = f"expected names that UTF-8 and this terminal have, got {error.object!r}"
+        print("coreg.py:", " ".join(text.split()), file=sys.stderr)
         return 2
 
-# (13) Appendix: TinyCLIP -------------------------------------------------------------------
+# (15) Appendix: TinyCLIP -------------------------------------------------------------------
 # The annotator of the digits has CLIP's interface and learns nothing: it draws the prompt in
 # a style, and a feature is the 64 pixels of a drawing or an image, centred, of norm 1. It
 # errs, and its templates disagree. Styles and numbers were chosen with true labels.
@@ -1161,12 +1259,11 @@ def draw(prompts):
         words = prompt.split()
         if len(words) != 4 or words[3] not in DIGITS:
             raise UserError(f"--clip-model tiny: expected 'a wide number six', got {prompt!r}")
-        style = words[1]
-        width = {"narrow": 16, "wide": 30}.get(style, 20)  # unknown styles are plain
+        style = words[1]  # unknown styles are plain
+        width = {"narrow": 16, "wide": 30}.get(style, 20)
         slant = {"slanted": -15.0}.get(style, 0.0)  # in degrees
-        font = ImageFont.load_default_imagefont()  # made of few pixels
-        if style == "printed":
-            font = ImageFont.load_default(30)  # made of outlines
+        outlines = style == "printed"  # the other font is made of few pixels
+        font = ImageFont.load_default(30) if outlines else ImageFont.load_default_imagefont()
         image = Image.new("L", (64, 64))
         digit = str(DIGITS.index(words[3]))
         ImageDraw.Draw(image).text((20, 12), digit, 255, font, stroke_width=1)
