@@ -213,14 +213,17 @@ def flip_candidates(labels, num_classes, partial_rate, noise_rate, generator=Non
 def crop_and_mirror(images, mirror):
     """Shifts images [B,C,H,H] by up to 1/8 of the side, black beyond; mirrors half of them."""
     count, _, side, _ = images.shape
-    most = round(side / 8)
-    # theta maps a place (x, y, 1) of the view to one of the image; x and y run from -1 to 1.
-    theta = torch.eye(2, 3).repeat(count, 1, 1)  # [B,2,3]
+    pad = round(side / 8)
+    # A view is a window of H rows and H columns of the padded image.
+    pixels = torch.arange(side)
+    row = torch.randint(2 * pad + 1, (count, 1)) + pixels  # [B,H]
+    column = torch.randint(2 * pad + 1, (count, 1)) + pixels  # [B,H]
     if mirror:
-        theta[torch.rand(count) < 0.5, 0, 0] = -1
-    theta[:, :, 2] = torch.randint(-most, most + 1, (count, 2)) * 2 / side
-    grid = F.affine_grid(theta.to(images.device), images.shape, align_corners=False)
-    return F.grid_sample(images, grid, "nearest", align_corners=False)
+        column = torch.where(torch.rand(count, 1) < 0.5, column.flip(1), column)
+    image = torch.arange(count)[:, None, None]
+    padded = F.pad(images, [pad] * 4)
+    # [B,H,H,C], since picked axes come first; then [B,C,H,H].
+    return padded[image, :, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2)
 
 def random_operation(images):
     """One of RandAugment's 14 operations for each 16th part of a batch, [B,3,H,H] in 0..1. An
@@ -259,12 +262,12 @@ class WeakStrongImages:
         self.std = sample.std((0, 2, 3), keepdim=True).clamp_min(1 / 255)  # never 0
 
     def weak(self, rows):
-        images = crop_and_mirror(self.images[rows] / 255, self.cfg.mirror)
-        return (images - self.mean) / self.std
+        images = crop_and_mirror(self.images[rows], self.cfg.mirror)
+        return (images / 255 - self.mean) / self.std
 
     def strong(self, rows):
-        images = crop_and_mirror(self.images[rows] / 255, self.cfg.mirror)
-        if self.cfg.channels == 3:
+        images = crop_and_mirror(self.images[rows], self.cfg.mirror) / 255
+        if self.cfg.channels == 3:  # Grey images get no operation in the published code.
             images = random_operation(images)
         return cutout((images - self.mean) / self.std, *self.cfg.cutout)
 
