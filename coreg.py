@@ -226,7 +226,7 @@ def crop_and_mirror(images, mirror):
     return padded[image, :, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2)
 
 def random_operation(images):
-    """One of RandAugment's 14 operations for each 16th part of a batch, [B,3,H,H] in 0..1. An
+    """One of RandAugment's 14 operations for each 16th part of a batch, uint8 [B,3,H,H]. An
     image's two strong views stand in different parts, and so draw apart. DIFFERS:
     torchvision's ranges; in the published code each image draws its operation."""
     changed = []
@@ -266,10 +266,10 @@ class WeakStrongImages:
         return (images / 255 - self.mean) / self.std
 
     def strong(self, rows):
-        images = crop_and_mirror(self.images[rows], self.cfg.mirror) / 255
+        images = crop_and_mirror(self.images[rows], self.cfg.mirror)
         if self.cfg.channels == 3:  # Grey images get no operation in the published code.
             images = random_operation(images)
-        return cutout((images - self.mean) / self.std, *self.cfg.cutout)
+        return cutout((images / 255 - self.mean) / self.std, *self.cfg.cutout)
 
 # (4) Both networks -------------------------------------------------------------------------
 # Two pre-activation ResNet-18 start from different random weights. Each has a linear
