@@ -421,14 +421,14 @@ def max_candidate_loss(probs, candidates):
 def clean_probability(loss_history):
     """Losses [E,N], newest last -> w [N], the posterior of the component with the lower mean.
     Losses are scaled to 0..1 in each epoch and averaged over the last epochs. DIFFERS: a fixed
-    seed; if all are equal, w is 0."""
+    seed; if all are equal, nothing speaks against any set, and w is 1."""
     losses = loss_history[-HISTORY_EPOCHS:].float().clamp_max(MAX_LOSS)
     low = losses.amin(1, keepdim=True)  # [E,1]
     high = losses.amax(1, keepdim=True)  # [E,1]
     scaled = (losses - low) / (high - low).clamp_min(1e-12)  # 1e-12: where all are equal
     values = scaled.mean(0).cpu().numpy()[:, None]  # [N,1]
-    if not values.min() < values.max():  # all equal, or NaN
-        return torch.zeros_like(losses[0])
+    if values.min() == values.max():
+        return torch.ones_like(losses[0])
     with warnings.catch_warnings(action="ignore"):  # Ten rounds may well not converge.
         mixture = GaussianMixture(random_state=0, **MIXTURE_SETTINGS).fit(values)
     posterior = mixture.predict_proba(values)[:, mixture.means_.argmin()]  # [N]
