@@ -1159,7 +1159,7 @@ def run(cfg):
         save(folder, state, learners)
 
     # Training.
-    print("width", cfg.width, "batch", cfg.batch_size, "epochs", cfg.epochs, "ablate", cfg.ablate)
+    print(f"width {cfg.width} batch {cfg.batch_size} epochs {cfg.epochs} ablate {cfg.ablate}")
     if cfg.batch_size > twentieth:
         print(f"note: an epoch has few steps; --batch-size {twentieth} may learn more")
     if cfg.warm_up < cfg.epochs <= cfg.warm_up + cfg.start_contrastive + 1:
