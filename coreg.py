@@ -10,8 +10,8 @@ Annotators" (AAAI 2025; arXiv 2406.18550).
     python coreg.py --dataset cifar10  # the paper's setting, with OpenAI's CLIP ViT-B/32
 
 Sections 1 to 11 are the method, 12 to 15 the tool around it. Contents: grep "^# (" coreg.py
-"Eq. 5" and headings in quotes are the paper's. "Published code": the authors' code alone says
-so (github.com/Portugas0807/Co-Reg). "DIFFERS": this file departs from that code, and why.
+Marks: "Eq. 5" and headings in quotes are the paper's; "Published code" is what stands only in
+the authors' code (github.com/Portugas0807/Co-Reg); "DIFFERS" is a departure from that code.
 """
 
 import argparse
@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 # (0) Settings ------------------------------------------------------------------------------
 # A setting is a flag of the command line, and cfg.NAME in the code. The defaults are those of
-# CIFAR-10; PRESETS in section 12 has what differs for the other data sets.
+# CIFAR-10; PRESETS in section 12 names the data sets, with what differs for each.
 
 class UserError(Exception):
     """A mistake that the user can mend: main() prints it in one line and returns 2."""
@@ -96,7 +96,7 @@ def add_settings(parser):
          " at most a twentieth of all images, but 8 or more")
     flag("--lr", 0.01, between(float, 0), "learning rate; lower it if the loss is not finite")
     flag("--lr-period", 800, between(int, 0), "epochs in which the learning rate falls to a"
-         " thousandth; 0: all epochs (if a resume has more of them, it rises again)")
+         " thousandth; 0: all epochs (a resume with more of them stretches the curve)")
     flag("--width", 64, between(int, 1), "channels of the ResNet; 16 suits a CPU")
     flag("--temperature", 0.5, between(float, 0.01), "below 1 makes new labels surer")
     flag("--lambda-u", 1.0, between(float, 0), "weight of unlabeled images")
@@ -116,8 +116,8 @@ def add_settings(parser):
     switch = dict(action=argparse.BooleanOptionalAction)
     parser.add_argument("--mirror", default=True, help="mirror half of the views; not for"
                         " text, digits, signs (%(default)s)", **switch)
-    parser.add_argument("--balance", default=False, help="the same share of each class counts"
-                        " as clean; if classes are lost; not in the paper", **switch)
+    parser.add_argument("--balance", default=False, help="count the same share of each class"
+                        " as clean; try it if classes are lost (not in the paper)", **switch)
 
 # (1) Prompt templates ----------------------------------------------------------------------
 # A prompt is a template whose {} is filled with a class name. Templates that describe the same
@@ -158,11 +158,11 @@ def load_clip(name, weights, device):
         raise UserError(f"--clip-model {name} --clip-pretrained {weights}: {error}") from error
 
 def candidate_sets(probs):
-    """P [T,N,K] -> candidate sets S_i = {argmax_k P[t,i,k] : t = 1..T}, bool [N,K]."""
+    """P [T,N,K], no NaN -> candidate sets S_i = {argmax_k P[t,i,k] : t = 1..T}, bool [N,K]."""
     candidates = torch.zeros_like(probs[0], dtype=torch.bool)
     return candidates.scatter(1, probs.argmax(2).T, True)
 
-@torch.inference_mode()
+@torch.no_grad()
 def annotate(clip, pairs, class_names, templates, device):
     """Asks CLIP about images -> mean of P over the templates [N,K], candidate sets bool [N,K].
 
@@ -186,13 +186,12 @@ def annotate(clip, pairs, class_names, templates, device):
         probs = (model.logit_scale.exp() * similarity).float().softmax(2)
         means.append(probs.mean(0).cpu())
         sets.append(candidate_sets(probs).cpu())
-    candidates = torch.cat(sets)
-    if len(candidates) < len(pairs):  # Sets would belong to other images.
+    if sum(map(len, sets)) < len(pairs):  # Sets would belong to other images.
         raise UserError("an image that was read before cannot be read now: mend or remove it")
-    return torch.cat(means), candidates
+    return torch.cat(means), torch.cat(sets)
 
 def flip_candidates(labels, num_classes, partial_rate, noise_rate, generator=None):
-    """True labels int [N], on the CPU -> synthetic sets, bool [N,K] (the paper's Table 3).
+    """True labels int64 [N], on the CPU -> synthetic sets, bool [N,K] (the paper's Table 3).
     A wrong label joins with chance partial_rate. Then, with chance noise_rate, a label drawn
     from outside the set takes the true label's place; a full set stays as it is."""
     joins = torch.rand(len(labels), num_classes, generator=generator) < partial_rate
@@ -222,13 +221,13 @@ def crop_and_mirror(images, mirror):
         column = torch.where(torch.rand(count, 1) < 0.5, column.flip(1), column)
     image = torch.arange(count)[:, None, None]
     padded = F.pad(images, [pad] * 4)
-    # [B,H,H,C], since picked axes come first; then [B,C,H,H].
-    return padded[image, :, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2)
+    # Picked axes come first: [B,H,H,C]; then [B,C,H,H].
+    return padded[image, :, row[..., None], column[:, None]].movedim(3, 1)
 
 def random_operation(images):
-    """One of RandAugment's 14 operations for each 16th part of a batch, uint8 [B,3,H,H]. An
-    image's two strong views stand in different parts, and so draw apart. DIFFERS:
-    torchvision's ranges; in the published code each image draws its operation."""
+    """One of RandAugment's 14 operations for each 16th part of a batch, uint8 [B,3,H,H]. Of a
+    full batch, an image's two strong views stand in different parts, and so draw apart.
+    DIFFERS: torchvision's ranges; in the published code each image draws its operation."""
     changed = []
     for part in images.chunk(16):
         magnitude = torch.randint(31, ()).item()  # torchvision counts strength from 0 to 30.
@@ -246,7 +245,7 @@ def cutout(images, smallest, largest):
     pixels = torch.arange(side) + 0.5  # [H], centres of pixels
     in_rows = (pixels - row).abs() < half  # [B,H]
     in_columns = (pixels - column).abs() < half  # [B,H]
-    inside = in_rows[:, None, :, None] & in_columns[:, None, None, :]  # [B,1,H,H]
+    inside = in_rows[:, None, :, None] & in_columns[:, None, None]  # [B,1,H,H]
     return images.masked_fill(inside.to(images.device), 0)
 
 class WeakStrongImages:
@@ -279,7 +278,7 @@ class WeakStrongImages:
 EMBEDDING_DIM = 128  # D, published code
 
 class PreActBlock(nn.Module):
-    """Two convolutions and a shortcut; both begin after the first BatchNorm and ReLU."""
+    """Two convolutions beside a shortcut; both paths begin after bn1 and its ReLU."""
 
     def __init__(self, in_channels, channels, stride):
         super().__init__()
@@ -333,7 +332,7 @@ def bf16_is_fast(device):
 class Learner:
     """One of the two networks with all that belongs to it alone.
 
-    losses: l_i of the last epochs, list of [N]; split: predictions [N,K] and w [N], section 6.
+    losses: of all sets in the last epochs, list of [N]; split: what split_data() returned.
     key_net: its slow copy, in training mode, without gradient; queue: the last keys [n,D],
     their classes [n] and clean flags [n], section 9."""
 
@@ -342,7 +341,7 @@ class Learner:
         self.net = net.to(device, memory_format=torch.channels_last)
         is_fast = cfg.precision == "auto" and bf16_is_fast(torch.device(device))
         self.net.bf16 = cfg.precision == "bf16" or is_fast
-        # Momentum and weight decay: published code.
+        # Published code: SGD's own momentum of 0.9, which is not cfg.momentum; weight decay.
         self.optimizer = torch.optim.SGD(net.parameters(), cfg.lr, 0.9, weight_decay=5e-4)
         self.key_net = copy.deepcopy(self.net)
         self.queue = MomentumQueue(cfg.queue_size, EMBEDDING_DIM, device)
@@ -363,7 +362,7 @@ class Learner:
 
 def partial_cross_entropy(logits, candidates):
     """Eq. 1: mean of -log(sum_{k in S_i} p_ik + 1e-5). logits [B,K], S bool [B,K] -> scalar.
-    Published code: the 1e-5; full sets do not count, and without others the loss is 0."""
+    Published code: the 1e-5, and the mean is over sets that are not full; without them, 0."""
     prob_of_set = (logits.float().softmax(1) * candidates).sum(1)  # [B]
     is_partial = ~candidates.bool().all(1)  # [B]
     losses = -torch.log(prob_of_set + 1e-5) * is_partial
@@ -377,7 +376,7 @@ def negative_entropy(logits):
 def random_batches(rows, batch_size):
     """Rows int [n] -> list of batches in random order."""
     batches = rows[torch.randperm(len(rows))].split(batch_size)
-    return [batch for batch in batches if len(batch) > 1]  # DIFFERS: one fails in BatchNorm
+    return [batch for batch in batches if len(batch) > 1]  # DIFFERS: BatchNorm may need 2
 
 def mean_terms(steps):
     """Loss terms of all steps, a list of {name: scalar tensor} -> {name: mean, a float}."""
@@ -435,11 +434,11 @@ def clean_probability(loss_history):
     return torch.from_numpy(posterior).to(losses)
 
 def balance_classes(clean_prob, losses, classes):
-    """w, losses [N] -> new w: the same share of each class is clean, its sets of lowest loss.
+    """w, losses [N] -> new w: of each class the same share is clean, its sets of lowest loss.
 
-    classes int [N]: the likeliest label in each set. losses: of this epoch alone, which show
-    at once that a class comes back. A clean set's w becomes 0.75 at least. DIFFERS: in one
-    mixture no set of a hard class may be clean; it is then not learnt (hence --balance)."""
+    classes int [N]: the likeliest label in each set. losses: of the last epoch, not averaged,
+    so that a class that is learnt again counts at once. A clean set gets 0.75 at least, any
+    other 0. DIFFERS (--balance): one mixture for all may call no set of a hard class clean."""
     total_clean = (clean_prob > CLEAN_THRESHOLD).sum().item()
     balanced = torch.zeros_like(clean_prob)
     for k in classes.unique():
@@ -453,9 +452,9 @@ def balance_classes(clean_prob, losses, classes):
 def split_data(learner, data, cfg):
     """A network judges all sets -> aligned predictions [N,K], w [N]; adds to learner.losses.
 
-    DIFFERS: alignment takes the mean of this pass, not partly an older one. If the clean sets
-    are fewer than a batch and fewer than a tenth of all, the tenth of lowest loss counts as
-    clean (published: an error if no set is clean, or if all are)."""
+    DIFFERS: alignment divides by the mean prediction of this pass; the published mean mixes in
+    older passes. If the clean sets are fewer than a batch and fewer than a tenth of all, the
+    tenth of lowest loss is clean (published: an error if no set is clean, or if all are)."""
     learner.net.eval()
     rows = torch.arange(len(data.images), device=data.images.device)
     logits = torch.cat([learner.net(data.weak(batch))[0] for batch in rows.split(512)])
@@ -490,14 +489,14 @@ RAMP_EPOCHS = 16
 
 def sharpen(probs, temperature):
     """Eq. 7: normalise(p^(1/temperature)); below 1 it makes labels surer. [B,K] -> [B,K]."""
-    return (probs.float().log() / temperature).softmax(1)  # the same
+    return (probs.float().log() / temperature).softmax(1)  # softmax of log(p) / T
 
 @torch.no_grad()
 def refine_labels(own_probs, partner_probs, candidates, clean_prob, temperature):
     """Targets of clean samples, Eq. 6 and 7: sharpen(w r + (1-w) own). [B,K], w [B] -> [B,K].
 
-    own: own_probs, means over both weak views. r: partner_probs within the set, normalised
-    (Eq. 5). w: clean_prob, from the partner's split."""
+    own: own_probs, means over both weak views. r: partner_probs within the set, which is never
+    empty, normalised (Eq. 5). w: clean_prob, from the partner's split."""
     inside = partner_probs.float().clamp_min(1e-12) * candidates  # 1e-12: where all underflow
     r = inside / inside.sum(1, keepdim=True)
     w = clean_prob[:, None]
@@ -535,12 +534,12 @@ def self_training_loss(logits_x, targets_x, logits_u, targets_u, weight_u):
 # softmax of z . o / tau is a second classifier, which learns the same targets. Both networks
 # share the prototypes, so that their embedding spaces are aligned, too.
 
-PROTO_TEMPERATURE = 0.3  # tau, published code
+PROTO_TEMPERATURE = 0.3  # tau of Eq. 9, not cfg.temperature; published code
 
 def update_prototypes(prototypes, embeddings, classes, momentum):
     """Eq. 10: o_k <- m o_k + (1-m) z for each z of class k in turn; then norm 1 -> [K,D].
 
-    prototypes [K,D], embeddings [B,D], classes int [B]. The n steps of a class at once are
+    prototypes [K,D], embeddings [B,D], classes int64 [B]. The n steps of a class at once are
     m^n o_k + sum of (1-m) m^j z, where j is how many z of the class come later; for two:
     m (m o + (1-m) z_1) + (1-m) z_2 = m^2 o + (1-m) m z_1 + (1-m) z_2. No gradient."""
     belongs = F.one_hot(classes, len(prototypes)).float()  # [B,K]
@@ -548,7 +547,7 @@ def update_prototypes(prototypes, embeddings, classes, momentum):
     j = n - belongs.cumsum(0)  # [B,K]
     weights = belongs * (1 - momentum) * momentum**j
     kept = momentum ** n[:, None] * prototypes  # [K,D]
-    return F.normalize(kept + weights.T @ embeddings.detach().float())
+    return F.normalize(kept + weights.T @ embeddings.float()).detach()
 
 def prototype_loss(similarity_x, targets_x, similarity_u, targets_u, weight_u,
                    temperature=PROTO_TEMPERATURE):
@@ -564,12 +563,13 @@ def prototype_loss(similarity_x, targets_x, similarity_u, targets_u, weight_u,
     return self_training_loss(logits_x, targets_x, logits_u, targets_u, weight_u)
 
 # (9) MoCo queue, noisy supervised contrastive loss -----------------------------------------
-# "Noisy Contrastive Learning". An anchor is the embedding of an image's first strong view, its
-# key that of the second, by a slow copy of the network. Each of the A anchors is compared with
-# M entries: all anchors, their keys, earlier keys (the queue). It is pulled to its key, and to
-# entries of its pseudo-class if both are clean; it is pushed away from those of other classes.
+# "Noisy Contrastive Learning". An anchor is the embedding of an image's first strong view; its
+# key is that of the second, by a slow copy of the network. Each of the A anchors is compared
+# with M entries: all anchors, their keys, and earlier keys (the queue). It is pulled to its
+# own key and, if it is clean, to clean entries of its pseudo-class; other entries of this class
+# are ignored; and it is pushed away from all the rest.
 
-CONTRASTIVE_TEMPERATURE = 0.07  # tau, published code
+CONTRASTIVE_TEMPERATURE = 0.07  # tau of Eq. 11, published code
 
 class MomentumQueue:
     """The last `size` keys [n,D] with their classes int [n] and clean flags bool [n].
@@ -592,7 +592,7 @@ def contrastive_masks(classes, clean, num_anchors):
     """Pseudo-classes int [M], clean flags bool [M] -> positives, ignored: bool [A,M] (Eq. 11).
 
     The M entries are the A anchors, their keys in the same order, and the queue. positives:
-    own key, or same class and both clean (so itself, too). ignored: same class otherwise."""
+    own key, or same class, both clean (so a clean anchor itself). ignored: else same class."""
     same_class = classes[:num_anchors, None] == classes  # [A,M]
     both_clean = clean[:num_anchors, None] & clean  # [A,M]
     own_key = torch.zeros_like(same_class)
@@ -606,7 +606,7 @@ def supcon_loss(features, positives, ignored, temperature=CONTRASTIVE_TEMPERATUR
     features [M,D] of norm 1, the A anchors first; positives, ignored: bool [A,M]. An anchor is
     never contrasted with itself. DIFFERS: ignored entries are left out of a logsumexp in
     float32; the published code subtracts their sum, and the difference can fall below 0."""
-    with torch.autocast(features.device.type, enabled=False):  # for a caller's autocast
+    with torch.autocast(features.device.type, enabled=False):  # even inside a caller's
         features = features.float()
         similarity = features[: len(positives)] @ features.T / temperature  # [A,M]
     itself = torch.zeros_like(positives)
@@ -621,7 +621,7 @@ def supcon_loss(features, positives, ignored, temperature=CONTRASTIVE_TEMPERATUR
 # The prediction is the class with the largest mean of both networks' logits. Figures with *
 # need true labels of training images, which training never sees (but for --synthetic).
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict(learners, images, mean, std):
     """Images uint8 [N,C,H,H] -> mean of the networks' logits [N,K], in eval mode."""
     batches = images.to(mean.device).split(512)
@@ -633,12 +633,12 @@ def predict(learners, images, mean, std):
     return torch.stack(logits).mean(0)
 
 def accuracy(scores, labels):
-    """Percentage of images whose label, int [N], has the largest score, [N,K]."""
+    """Percentage of images whose label, int [N] on the CPU, has the largest score, [N,K]."""
     right = scores.argmax(1).cpu() == labels
     return 100 * right.float().mean().item()
 
 def coverage(candidates, labels):
-    """Percentage of candidate sets, bool [N,K], that hold the label, int [N]."""
+    """Percentage of candidate sets, bool [N,K], that hold the label, int [N] on the CPU."""
     holds_label = candidates.cpu().gather(1, labels[:, None])
     return 100 * holds_label.float().mean().item()
 
@@ -648,7 +648,8 @@ def class_shares(logits, candidates):
     labels counts as 1/n of each. logits [N,K], candidates bool [N,K]."""
     predicted = F.one_hot(logits.argmax(1), logits.shape[1]).float().mean(0)  # [K]
     in_sets = (candidates / candidates.sum(1, keepdim=True)).mean(0)  # [K]
-    return 100 * predicted / in_sets.clamp_min(1e-8)
+    shares = 100 * predicted / in_sets.clamp_min(1e-8)
+    return shares * (in_sets > 0)
 
 def evaluate(learners, logits, data, labels, class_names):
     """{name: figure}. logits [N,K], labels int [N] (true, or -1): of the training images."""
@@ -659,7 +660,7 @@ def evaluate(learners, logits, data, labels, class_names):
         clean = [learner.split[1] > CLEAN_THRESHOLD for learner in learners]
         figures["clean"] = torch.stack(clean).sum().item() / 2  # sets, mean of both networks
         if labels.min() >= 0:  # right*%: clean sets that hold the true label
-            right = [coverage(data.candidates[rows], labels[rows.cpu()]) for rows in clean]
+            right = [coverage(data.candidates[mask], labels[mask.cpu()]) for mask in clean]
             figures["split_precision"] = sum(right) / 2
     return figures
 
@@ -678,8 +679,7 @@ def endless_batches(rows, batch_size):
 def co_train_epoch(own, partner, prototypes, data, cfg, epoch):
     """A network learns for an epoch from the split of its partner -> means of the loss terms.
     own, partner: Learners. prototypes [K,D] change in place. epoch: of the run, from 0."""
-    # Published code: the key encoder starts each epoch as a copy of the network.
-    own.key_net.load_state_dict(own.net.state_dict())
+    own.key_net.load_state_dict(own.net.state_dict())  # each epoch a copy: published code
     # Published code: the partner makes labels in eval mode, the network in training mode.
     partner.net.eval()
     own.net.train()  # last: with --ablate co-pl both are one network.
@@ -708,11 +708,10 @@ def co_train_epoch(own, partner, prototypes, data, cfg, epoch):
             # Labels of unlabeled samples: both networks on both weak views.
             targets_u = partner_probs[:0]  # [0,K], if there are none
             if len(batch_u):
-                # In training mode a pass takes one view, for BatchNorm's statistics.
-                own_logits = [own.net(u_w1)[0], own.net(u_w2)[0]]
-                partner_logits, _ = partner.net(torch.cat([u_w1, u_w2]))
-                logits_u = torch.stack([*own_logits, *partner_logits.chunk(2)])
-                targets_u = guess_labels(logits_u.softmax(2), cfg.temperature)  # V = 4
+                # A pass takes one view: in training mode BatchNorm uses the pass's statistics.
+                views = (u_w1, u_w2)
+                logits_u = [net(view)[0] for net in (own.net, partner.net) for view in views]
+                targets_u = guess_labels(torch.stack(logits_u).softmax(2), cfg.temperature)
 
             # Labels of clean samples: the partner's split within the set, own predictions.
             logits_w1, z_w1 = own.net(x_w1)  # z: embeddings
@@ -769,7 +768,7 @@ def co_train_epoch(own, partner, prototypes, data, cfg, epoch):
     return mean_terms(steps)
 
 def cosine_lr(epoch, lr, period):
-    """Half a cosine from lr to lr/1000 at `period` epochs. DIFFERS: it does not rise again."""
+    """Half a cosine from lr to lr/1000 at `period` epochs; DIFFERS: then it stays there."""
     low = lr / 1000
     return low + (lr - low) * (1 + math.cos(math.pi * min(epoch / period, 1))) / 2
 
@@ -833,7 +832,7 @@ def to_square(image):
     """PIL image -> its centre square in RGB, upright by its EXIF data, on white."""
     square = TF.center_crop(image, min(image.size))  # first: the steps below copy the image
     with contextlib.suppress(Exception):  # Damaged EXIF data raise any kind of error.
-        square.info["exif"] = image.getexif().tobytes()  # A part of a TIFF image loses it.
+        square.info["exif"] = image.getexif().tobytes()  # A crop of a TIFF loses it.
         square = ImageOps.exif_transpose(square)
     if square.has_transparency_data:
         square = square.convert("RGBA")
@@ -844,7 +843,7 @@ def open_image(path):
     """Image file -> PIL image as to_square() makes it. UserError if it cannot be read."""
     try:
         image = Image.open(path)
-        # Deep colour shows only in the tile, as RGB;16B (but BGR;16: 16 bits in a pixel).
+        # Modes I and F are deep. Of colours only the tile says it: RGB;16B (BGR;16 is not).
         if image.mode[0] in "IF" or ";16" in str(image.tile).replace("BGR;16", ""):
             raise ValueError("it has more than 8 bits a channel")
         image.load()
@@ -862,9 +861,10 @@ def find_images(root):
 
     pairs = []
     for folder, inner, files in os.walk(root, onerror=fail, followlinks=True):
-        inner[:] = [name for name in inner if name[0] != "."]  # os.walk() enters these.
-        parts = Path(folder).relative_to(root).parts
-        top = standard(parts[0]) if parts else ""
+        here = Path(folder).resolve()
+        inner[:] = [name for name in inner if name[0] != "."  # os.walk() skips the others:
+                    and not here.is_relative_to(Path(folder, name).resolve())]  # links up, too
+        top = standard(Path(folder).relative_to(root).parts[0]) if folder != str(root) else ""
         for path in [Path(folder, name) for name in files if name[0] != "."]:
             if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
                 pairs.append((path, top))
@@ -878,20 +878,20 @@ def read_photos(root, classes):
     train = find_images(f"{root}/train")
     test = find_images(f"{root}/test") if os.path.lexists(f"{root}/test") else []
     if classes:
-        names = [standard(name) for name in classes.split(",")]
+        class_names = [standard(name) for name in classes.split(",")]
     else:
-        names = sorted({standard(path.name) for path in Path(root, "train").iterdir()
-                        if path.name[0] != "." and not path.is_file()})
-        odd = {folder for _, folder in train} ^ set(names)
+        class_names = sorted({standard(path.name) for path in Path(root, "train").iterdir()
+                              if path.name[0] != "." and not path.is_file()})
+        odd = {folder for _, folder in train} ^ set(class_names)
         if odd:
             raise UserError(f"{root}/train: expected images in each folder, and none beside"
                             f" them (''), or --classes; look at {sorted(odd)}")
-    strangers = {folder or "no folder" for _, folder in test} - set(names)
+    strangers = {folder or "no folder" for _, folder in test} - set(class_names)
     if strangers:
-        raise UserError(f"{root}/test: expected folders {names}, got {sorted(strangers)}")
-    train = [(path, -1 if classes else names.index(folder)) for path, folder in train]
-    test = [(path, names.index(folder)) for path, folder in test]
-    return train, test, names
+        raise UserError(f"{root}/test: expected {class_names}, but found {sorted(strangers)}")
+    train = [(path, -1 if classes else class_names.index(folder)) for path, folder in train]
+    test = [(path, class_names.index(folder)) for path, folder in test]
+    return train, test, class_names
 
 def read_known(name, root):
     """Any data set but a folder -> training part, test part or None."""
@@ -923,7 +923,7 @@ def read_dataset(cfg):
     if len(set(class_names)) < max(2, len(class_names)) or "" in class_names:
         raise UserError(f"--classes, folders: expected 2 or more unlike names: {class_names}")
 
-    # The same order for every --seed. Published code: its last fifth is held out.
+    # The same order for every --seed; without a test part, its last fifth is held out.
     rows = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
     if test is None:
         num_train = round(0.8 * len(rows))
@@ -933,8 +933,8 @@ def read_dataset(cfg):
     return Subset(train, rows), [names[row] for row in rows], test, class_names
 
 def load(pairs, transform):
-    """Pairs -> batches (rows, transformed images, labels) of those that can be read. The
-    others are named. Of a photo only the transformed image is kept: photos are large."""
+    """Pairs -> batches (rows, transformed images, labels) of those that can be read; it prints
+    the others. Of a photo only the transformed image is kept: photos are large."""
 
     def read(row):
         image, label = pairs[row]
@@ -958,11 +958,11 @@ def to_pixels(image, cfg):
     mode = "L" if cfg.channels == 1 else "RGB"
     return TF.pil_to_tensor(TF.resize(image.convert(mode), [cfg.image_size, cfg.image_size]))
 
-def read_images(pairs, cfg):
+def read_images(pairs, cfg, least):
     """Pairs -> rows that can be read, images uint8 [N,C,H,H], labels int [N] (-1: none)."""
     batches = list(load(pairs, lambda image: to_pixels(image, cfg)))
-    if sum(len(rows) for rows, _, _ in batches) < 2:
-        raise UserError(f"--data-dir {cfg.data_dir}: fewer than two images that can be read")
+    if sum(len(rows) for rows, _, _ in batches) < least:
+        raise UserError(f"--data-dir {cfg.data_dir}: expected {least} images that can be read")
     rows, images, labels = zip(*batches)
     rows = [row for batch in rows for row in batch]
     return rows, torch.cat(images), torch.cat(labels)
@@ -980,7 +980,7 @@ def read_annotations(path, names, class_names):
     votes = torch.zeros(len(names), len(class_names), dtype=torch.int32)
     rows = {name: row for row, name in enumerate(names)}
     for line, name, label in answers:
-        if label not in [*class_names, ""]:
+        if label and label not in class_names:
             raise UserError(f"{path}, line {line}: {label!r} is not one of {class_names}")
         if label and name in rows:
             votes[rows[name], class_names.index(label)] += 1
@@ -996,12 +996,12 @@ def combine_answers(probs, votes, rounds=10):
 
     One-coin model (Dawid and Skene, 1979; with a classifier, Raykar et al., 2010): each answer
     is right with chance a, or else any other label; a and the labels are fitted in turns."""
-    num_wrong = probs.shape[1] - 1
+    num_wrong = probs.shape[1] - 1  # clamp_min(0) below: no answer speaks against itself.
     log_probs = probs.clamp_min(1e-6).log()
     labels = probs
     for _ in range(rounds):
         a = ((labels * votes).sum() / votes.sum().clamp_min(1)).clamp(0.001, 0.999)
-        labels = (log_probs + votes * (a * num_wrong / (1 - a)).log()).softmax(1)
+        labels = (log_probs + votes * (a * num_wrong / (1 - a)).log().clamp_min(0)).softmax(1)
     return labels
 
 def write_csv(path, mode, header, rows):
@@ -1022,7 +1022,7 @@ def parse(argv):
     parser = argparse.ArgumentParser("coreg.py", usage, add_help=False, allow_abbrev=False)
     add_settings(parser)
     # A first pass reads --dataset and --resume, which set the defaults of the second, and sees
-    # whether --batch-size is given. --help comes later: it shows the second's defaults.
+    # if --batch-size is given (else None stays). --help comes later: it shows the defaults.
     chosen, _ = parser.parse_known_args(argv, argparse.Namespace(batch_size=None))
     own_dir = time.strftime(f"runs/{chosen.dataset}-seed{chosen.seed}-%Y%m%d-%H%M%S")
     parser.set_defaults(**PRESETS[chosen.dataset], output_dir=own_dir)
@@ -1065,7 +1065,7 @@ def read_checkpoint(folder, device="cpu"):
 def save(folder, state, learners):
     """Writes metrics.jsonl, and checkpoint.pt: a run's state, with that of its learners."""
     text = "".join(json.dumps(record) + "\n" for record in state["records"])
-    Path(folder, "metrics.jsonl").write_text(text)
+    (folder / "metrics.jsonl").write_text(text)
     state["random_state"] = torch.get_rng_state()
     state["learners"] = [{
         "net": learner.net.state_dict(), "optimizer": learner.optimizer.state_dict(),
@@ -1073,7 +1073,7 @@ def save(folder, state, learners):
         "losses": learner.losses} for learner in learners]
     content = io.BytesIO()  # torch.save() itself hides why a file cannot be written.
     torch.save(state, content)
-    Path(folder, "checkpoint.tmp").write_bytes(content.getbuffer())
+    (folder / "checkpoint.tmp").write_bytes(content.getbuffer())
     os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")  # whole at any time
 
 def get_answers(cfg, pairs, names, labels, class_names):
@@ -1108,18 +1108,18 @@ def run(cfg):
     if not cfg.resume:
         folder.mkdir(parents=True, exist_ok=True)
         files = {"annotations.csv", "checkpoint.pt", "labels.csv", "metrics.jsonl"}
-        taken = files & {*os.listdir(folder)}
+        taken = sorted(files & {*os.listdir(folder)})
         if taken or not os.access(folder, os.W_OK):
             raise UserError(f"{folder}: expected a folder that may be written, without a run;"
                             f" it holds {taken}; --resume goes on with a run")
-    rows, images, labels = read_images(pairs, cfg)
+    rows, images, labels = read_images(pairs, cfg, least=2)
     pairs = Subset(pairs, rows)
     names = [names[row] for row in rows]
-    test = read_images(test_pairs, cfg)[1:] if len(test_pairs) else ([], [])
+    test = read_images(test_pairs, cfg, least=1)[1:] if len(test_pairs) else ([], [])
     print(f"{cfg.dataset}: {len(images)} training, {len(test[1])} test images, on {device}")
     pixel_means = torch.stack([image.float().mean() for image in images])  # [N]
 
-    # Their candidate sets. (Versions of a decoder differ, by less than 3 of 255.)
+    # Their candidate sets. Photos may be decoded a little differently on a resume (by 3).
     if cfg.resume:
         state = read_checkpoint(folder, device)
         same = [state["names"], state["class_names"]] == [names, class_names]
@@ -1165,13 +1165,13 @@ def run(cfg):
     if cfg.warm_up < cfg.epochs <= cfg.warm_up + cfg.start_contrastive + 1:
         print("note: prototypes and contrast (Eq. 9 to 11) never join; raise --epochs")
     print("epoch    phase    loss   clean   test% right*% seconds  rarest class", flush=True)
-    for epoch in range(len(state["records"]), cfg.epochs):  # DIFFERS: not one more
+    for epoch in range(len(state["records"]), cfg.epochs):  # DIFFERS: published: one more
         start = time.perf_counter()
         terms = train_epoch(learners, state["prototypes"], data, cfg, epoch)
         loss = sum(terms.values())
         logits = predict(learners, data.images, data.mean, data.std)
         if not math.isfinite(loss) or not logits.isfinite().all():  # after the last step, too
-            raise UserError(f"epoch {epoch + 1} not finite, {terms}: --resume with lower --lr")
+            raise UserError(f"epoch {epoch + 1} is not finite, {terms}: --resume, lower --lr")
         phase = "warm-up" if epoch < cfg.warm_up else "co-train"
         figures = evaluate(learners, logits, data, labels, class_names)
         record = {"epoch": epoch + 1, "phase": phase, "loss": loss, **terms, **figures}
@@ -1180,7 +1180,7 @@ def run(cfg):
             record["test_acc"] = accuracy(test_logits, test[1])
         record["seconds"] = time.perf_counter() - start
         state["records"].append(record)
-        # Labels: of predictions and answers, or, by Eq. 6, of predictions and sets.
+        # Labels: predictions, combined with a file's answers, or by Eq. 6 with split sets.
         probs = logits.softmax(1)
         if cfg.annotations:
             probs = combine_answers(probs, votes)
@@ -1196,7 +1196,7 @@ def run(cfg):
             line += f" {record[name]:7.1f}" if name in record else f" {'-':>7}"
         print(f"{line}  {record['least_share']:.0f} % of {record['least_class']}", flush=True)
     print(f"finished after epoch {len(state['records'])}, see labels.csv in {folder}")
-    if len(test[1]):
+    if "test_acc" in state["records"][-1]:
         print(f"result: {state['records'][-1]['test_acc']:.1f} % of test images right")
 
 def load_classifier(folder, device="cpu"):
@@ -1226,7 +1226,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(f"coreg.py: interrupted; --resume {folder}, if training began", file=sys.stderr)
         return 130
-    except (UserError, OSError, UnicodeEncodeError) as error:
+    except (UserError, OSError, UnicodeEncodeError, torch.OutOfMemoryError) as error:
         text = str(error)
         if isinstance(error, OSError) and not error.filename:  # a full disk
             text = f"{folder}: {error}"

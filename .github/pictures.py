@@ -15,10 +15,9 @@ import coreg  # noqa: E402
 plt.rcParams.update({"font.size": 12, "figure.dpi": 110, "savefig.bbox": "tight"})
 VARIANTS = {"set": ("set loss alone", "tab:gray"), "co": ("Co-Reg", "tab:blue"),
             "balance": ("Co-Reg with --balance", "tab:green")}
-train, _, class_names = coreg.read_dataset(coreg.parse([]))
+train, names, _, class_names = coreg.read_dataset(coreg.parse([]))
 labels = torch.tensor([label for _, label in train])
-probs = torch.from_numpy(np.load("runs/co-0/annotations.npz")["probs"])  # [T,N,K]
-sets = coreg.candidate_sets(probs)
+sets = coreg.read_annotations("runs/co-0/annotations.csv", names, class_names) > 0  # [N,K]
 holds_label = sets[torch.arange(len(labels)), labels]
 
 # Accuracy by epoch: five seeds are thin lines, their mean is a thick one.
@@ -81,11 +80,14 @@ def show(place, image, title, color="white"):
         spine.set(color=color, linewidth=5)
 
 figure, places = plt.subplots(3, 6, figsize=(12, 7.6), layout="tight")
-answers = probs.argmax(2)  # [T,N]
+clip = coreg.load_clip("tiny", "", "cpu")
+templates = coreg.TEMPLATES["digits"]
+answers = [coreg.annotate(clip, train, class_names, [template], "cpu")[1].int().argmax(1)
+           for template in templates]  # of each style, [N]
 unsure = (holds_label & (sets.sum(1) == 3)).nonzero().flatten()[0].item()
 show(places[0, 0], train[unsure][0], f"an image of a {labels[unsure]}")
-for t, template in enumerate(coreg.TEMPLATES["digits"]):
-    answer = answers[t, unsure].item()
+for t, template in enumerate(templates):
+    answer = answers[t][unsure].item()
     [drawing] = coreg.draw([template.replace("{}", class_names[answer])])
     style = template.split()[1]
     show(places[0, t + 1], drawing[0], f"{style}: {answer}")
