@@ -566,7 +566,7 @@ def prototype_loss(similarity_x, targets_x, similarity_u, targets_u, weight_u,
 # "Noisy Contrastive Learning". An anchor is the embedding of an image's first strong view; its
 # key is that of the second, by a slow copy of the network. Each of the A anchors is compared
 # with M entries: all anchors, their keys, and earlier keys (the queue). It is pulled to its
-# own key and, if it is clean, to clean entries of its pseudo-class; other entries of this class
+# own key and, if it is clean, to clean entries of its pseudo-class; other entries of the class
 # are ignored; and it is pushed away from all the rest.
 
 CONTRASTIVE_TEMPERATURE = 0.07  # tau of Eq. 11, published code
