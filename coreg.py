@@ -117,7 +117,7 @@ def add_settings(parser):
     parser.add_argument("--mirror", default=True, help="mirror half of the views; not for"
                         " text, digits, signs (%(default)s)", **switch)
     parser.add_argument("--balance", default=False, help="count the same share of each class"
-                        " as clean; try it if classes are lost (not in the paper)", **switch)
+                        " as clean if some get lost; not in the paper (%(default)s)", **switch)
 
 # (1) Prompt templates ----------------------------------------------------------------------
 # A prompt is a template whose {} is filled with a class name. Templates that describe the same
@@ -475,8 +475,7 @@ def split_data(learner, data, cfg):
     tenth = max(2, len(losses) // 10)
     if num_clean < min(cfg.batch_size, tenth):
         print(f"split: too few sets ({num_clean}) are clean; the {tenth} of lowest loss count")
-        clean_prob = torch.zeros_like(losses)
-        clean_prob[losses.argsort()[:tenth]] = 1
+        clean_prob = (losses <= losses.kthvalue(tenth).values).float()  # with all that tie
     return probs, clean_prob
 
 # (7) Co-pseudo-labeling, sharpening, mixup -------------------------------------------------
@@ -832,7 +831,6 @@ def to_square(image):
     """PIL image -> its centre square in RGB, upright by its EXIF data, on white."""
     square = TF.center_crop(image, min(image.size))  # first: the steps below copy the image
     with contextlib.suppress(Exception):  # Damaged EXIF data raise any kind of error.
-        square.info["exif"] = image.getexif().tobytes()  # A crop of a TIFF loses it.
         square = ImageOps.exif_transpose(square)
     if square.has_transparency_data:
         square = square.convert("RGBA")
@@ -881,7 +879,7 @@ def read_photos(root, classes):
         class_names = [standard(name) for name in classes.split(",")]
     else:
         class_names = sorted({standard(path.name) for path in Path(root, "train").iterdir()
-                              if path.name[0] != "." and not path.is_file()})
+                              if path.name[0] != "." and path.is_dir()})
         odd = {folder for _, folder in train} ^ set(class_names)
         if odd:
             raise UserError(f"{root}/train: expected images in each folder, and none beside"
@@ -912,6 +910,8 @@ def read_dataset(cfg):
         train, test, class_names = read_photos(cfg.data_dir, cfg.classes)
         root = Path(cfg.data_dir, "train")
         names = [standard(path.relative_to(root).as_posix()) for path, _ in train]
+        if len(set(names)) < len(names):
+            raise UserError(f"{root}: two photos have one name, but for blanks or accents")
     else:
         try:
             train, test = read_known(cfg.dataset, cfg.data_dir)
