@@ -10,8 +10,8 @@ Annotators" (AAAI 2025; arXiv 2406.18550).
     python coreg.py --dataset cifar10  # the paper's setting, with OpenAI's CLIP ViT-B/32
 
 Sections 1 to 11 are the method, 12 to 15 the tool around it. Contents: grep "^# (" coreg.py
-Marks: "Eq. 5" and headings in quotes are the paper's; "Published code" is what stands only in
-the authors' code (github.com/Portugas0807/Co-Reg); "DIFFERS" is a departure from that code.
+Marks: "Eq. 5" and headings in quotes are the AAAI paper's; "Published code" stands only in the
+authors' code (github.com/Portugas0807/Co-Reg); "DIFFERS" is a departure from that code.
 """
 
 import argparse
@@ -95,8 +95,8 @@ def add_settings(parser):
     flag("--batch-size", 256, between(int, 2), "clean images in a batch; if it is not given,"
          " at most a twentieth of all images, but 8 or more")
     flag("--lr", 0.01, between(float, 0), "learning rate; lower it if the loss is not finite")
-    flag("--lr-period", 800, between(int, 0), "epochs in which the learning rate falls to a"
-         " thousandth; 0: all epochs (a resume with more of them stretches the curve)")
+    flag("--lr-period", 800, between(int, 0), "epochs in which lr falls along a cosine: as"
+         " published, 800 even for 100 epochs; 0: all (more on a resume stretch the curve)")
     flag("--width", 64, between(int, 1), "channels of the ResNet; 16 suits a CPU")
     flag("--temperature", 0.5, between(float, 0.01), "below 1 makes new labels surer")
     flag("--lambda-u", 1.0, between(float, 0), "weight of unlabeled images")
@@ -236,8 +236,8 @@ def random_operation(images):
 
 def cutout(images, smallest, largest):
     """Sets a square anywhere in normalised images [B,C,H,H] to 0, the mean of all pixels. Its
-    side is smallest to largest times the image's. DIFFERS: 0, since the published fixed colour
-    ruins training on dark pictures."""
+    side is smallest to largest times the image's; it may reach over the edge. DIFFERS: 0; the
+    published fixed colour ruins training on dark pictures."""
     count, _, side, _ = images.shape
     half = side / 2 * (smallest + (largest - smallest) * torch.rand(count, 1))  # [B,1]
     row = side * torch.rand(count, 1)  # of the square's centre, [B,1]
@@ -288,8 +288,8 @@ class PreActBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.shortcut = nn.Identity()
         if stride != 1 or in_channels != channels:
-            # AvgPool2d keeps every stride'th pixel. The backward pass of nn.Conv2d(4, 8, 1, 2)
-            # on channels-last [2,4,8,8] corrupts memory (torch 2.14, CPU, MALLOC_CHECK_=3).
+            # AvgPool2d strides, since nn.Conv2d(4, 8, 1, stride=2) on channels-last [2,4,8,8]
+            # corrupts memory in its backward pass (torch 2.14, CPU; MALLOC_CHECK_=3 shows it).
             conv = nn.Conv2d(in_channels, channels, 1, bias=False)
             self.shortcut = nn.Sequential(nn.AvgPool2d(1, stride), conv)
 
@@ -333,7 +333,7 @@ class Learner:
     """One of the two networks with all that belongs to it alone.
 
     losses: of all sets in the last epochs, list of [N]; split: what split_data() returned.
-    key_net: its slow copy, in training mode, without gradient; queue: the last keys [n,D],
+    key_net: its slow copy, in training mode, used without gradient; queue: its keys [n,D],
     their classes [n] and clean flags [n], section 9."""
 
     def __init__(self, num_classes, cfg, device):
@@ -362,7 +362,7 @@ class Learner:
 
 def partial_cross_entropy(logits, candidates):
     """Eq. 1: mean of -log(sum_{k in S_i} p_ik + 1e-5). logits [B,K], S bool [B,K] -> scalar.
-    Published code: the 1e-5, and the mean is over sets that are not full; without them, 0."""
+    Published code: the 1e-5; full sets do not count, and if all are full the loss is 0."""
     prob_of_set = (logits.float().softmax(1) * candidates).sum(1)  # [B]
     is_partial = ~candidates.bool().all(1)  # [B]
     losses = -torch.log(prob_of_set + 1e-5) * is_partial
@@ -376,7 +376,7 @@ def negative_entropy(logits):
 def random_batches(rows, batch_size):
     """Rows int [n] -> list of batches in random order."""
     batches = rows[torch.randperm(len(rows))].split(batch_size)
-    return [batch for batch in batches if len(batch) > 1]  # DIFFERS: BatchNorm may need 2
+    return [batch for batch in batches if len(batch) > 1]  # DIFFERS: BatchNorm may need 2.
 
 def mean_terms(steps):
     """Loss terms of all steps, a list of {name: scalar tensor} -> {name: mean, a float}."""
@@ -419,7 +419,7 @@ def max_candidate_loss(probs, candidates):
 
 def clean_probability(loss_history):
     """Losses [E,N], newest last -> w [N], the posterior of the component with the lower mean.
-    Losses are scaled to 0..1 in each epoch and averaged over the last epochs. DIFFERS: a fixed
+    Without NaN. Each epoch's are scaled to 0..1, the last epochs' averaged. DIFFERS: a fixed
     seed; if all are equal, nothing speaks against any set, and w is 1."""
     losses = loss_history[-HISTORY_EPOCHS:].float().clamp_max(MAX_LOSS)
     low = losses.amin(1, keepdim=True)  # [E,1]
@@ -445,7 +445,7 @@ def balance_classes(clean_prob, losses, classes):
         members = (classes == k).nonzero().flatten()
         num_clean = math.ceil(total_clean * len(members) / len(classes))
         lowest = members[losses[members].argsort()[:num_clean]]
-        balanced[lowest] = clean_prob[lowest].clamp_min(0.75)
+        balanced[lowest] = clean_prob[lowest].clamp_min(0.75)  # any above 0.5
     return balanced
 
 @torch.no_grad()
@@ -488,7 +488,7 @@ RAMP_EPOCHS = 16
 
 def sharpen(probs, temperature):
     """Eq. 7: normalise(p^(1/temperature)); below 1 it makes labels surer. [B,K] -> [B,K]."""
-    return (probs.float().log() / temperature).softmax(1)  # softmax of log(p) / T
+    return (probs.float().log() / temperature).softmax(1)  # the same formula
 
 @torch.no_grad()
 def refine_labels(own_probs, partner_probs, candidates, clean_prob, temperature):
@@ -591,7 +591,7 @@ def contrastive_masks(classes, clean, num_anchors):
     """Pseudo-classes int [M], clean flags bool [M] -> positives, ignored: bool [A,M] (Eq. 11).
 
     The M entries are the A anchors, their keys in the same order, and the queue. positives:
-    own key, or same class, both clean (so a clean anchor itself). ignored: else same class."""
+    own key, or same class and both clean (as itself may be). ignored: others of the class."""
     same_class = classes[:num_anchors, None] == classes  # [A,M]
     both_clean = clean[:num_anchors, None] & clean  # [A,M]
     own_key = torch.zeros_like(same_class)
@@ -688,7 +688,7 @@ def co_train_epoch(own, partner, prototypes, data, cfg, epoch):
     if "unlabeled" in cfg.ablate:
         rows_u = rows_u[:0]
     # Are Eq. 9-11 used yet? ">" and not ">=": published code. DIFFERS: until then they are not
-    # computed, to save time, so prototypes, queue and BatchNorm's statistics do not move.
+    # computed, to save time, so prototypes and queue do not move.
     with_representation = epoch > cfg.warm_up + cfg.start_contrastive
 
     batches_x = random_batches(rows_x, cfg.batch_size)
@@ -767,7 +767,7 @@ def co_train_epoch(own, partner, prototypes, data, cfg, epoch):
     return mean_terms(steps)
 
 def cosine_lr(epoch, lr, period):
-    """Half a cosine from lr to lr/1000 at `period` epochs; DIFFERS: then it stays there."""
+    """Half a cosine from lr to lr/1000 at `period` epochs. DIFFERS: it does not rise again."""
     low = lr / 1000
     return low + (lr - low) * (1 + math.cos(math.pi * min(epoch / period, 1))) / 2
 
@@ -824,7 +824,7 @@ PRESETS = {  # as in the published code; those of digits and folder are this fil
 }
 
 def standard(text):
-    """A name without outer blanks, in NFC, as UTF-8 can hold it; else UnicodeEncodeError."""
+    """Strips a name, makes both forms of "é" one (NFC), and fails if no UTF-8 can hold it."""
     return unicodedata.normalize("NFC", text.strip()).encode().decode()
 
 def to_square(image):
@@ -867,7 +867,7 @@ def find_images(root):
             if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
                 pairs.append((path, top))
             elif not path.suffix and not path.exists():
-                raise UserError(f"{path}: expected a link that leads somewhere")
+                raise UserError(f"{path}: expected a link to something, not in circles")
     return sorted(pairs)
 
 def read_photos(root, classes):
@@ -959,7 +959,7 @@ def to_pixels(image, cfg):
     return TF.pil_to_tensor(TF.resize(image.convert(mode), [cfg.image_size, cfg.image_size]))
 
 def read_images(pairs, cfg, least):
-    """Pairs -> rows that can be read, images uint8 [N,C,H,H], labels int [N] (-1: none)."""
+    """Pairs -> rows that can be read (`least` or more), uint8 [N,C,H,H], labels int [N]."""
     batches = list(load(pairs, lambda image: to_pixels(image, cfg)))
     if sum(len(rows) for rows, _, _ in batches) < least:
         raise UserError(f"--data-dir {cfg.data_dir}: expected {least} images that can be read")
@@ -995,8 +995,8 @@ def combine_answers(probs, votes, rounds=10):
     """Predictions [N,K], numbers of answers [N,K] -> probabilities of the labels [N,K].
 
     One-coin model (Dawid and Skene, 1979; with a classifier, Raykar et al., 2010): each answer
-    is right with chance a, or else any other label; a and the labels are fitted in turns."""
-    num_wrong = probs.shape[1] - 1  # clamp_min(0) below: no answer speaks against itself.
+    is right with chance a >= 1/K, or else any other label; both are fitted in turns."""
+    num_wrong = probs.shape[1] - 1
     log_probs = probs.clamp_min(1e-6).log()
     labels = probs
     for _ in range(rounds):
@@ -1030,7 +1030,7 @@ def parse(argv):
     if chosen.resume:
         saved = read_checkpoint(chosen.resume)["settings"]
         parser.set_defaults(**{**saved, "device": chosen.device})
-    parser.add_argument("-h", "--help", action="help", help="show all flags (and defaults)")
+    parser.add_argument("-h", "--help", action="help", help="show this, with (defaults)")
     cfg = parser.parse_args(argv)
     cfg.batch_fits = chosen.batch_size is None and saved.get("batch_fits", True)
     for name in KEPT:
@@ -1119,7 +1119,7 @@ def run(cfg):
     print(f"{cfg.dataset}: {len(images)} training, {len(test[1])} test images, on {device}")
     pixel_means = torch.stack([image.float().mean() for image in images])  # [N]
 
-    # Their candidate sets. Photos may be decoded a little differently on a resume (by 3).
+    # Their candidate sets. (Another decoder may change a photo's mean, by 3 of 255 at most.)
     if cfg.resume:
         state = read_checkpoint(folder, device)
         same = [state["names"], state["class_names"]] == [names, class_names]
@@ -1164,14 +1164,14 @@ def run(cfg):
         print(f"note: an epoch has few steps; --batch-size {twentieth} may learn more")
     if cfg.warm_up < cfg.epochs <= cfg.warm_up + cfg.start_contrastive + 1:
         print("note: prototypes and contrast (Eq. 9 to 11) never join; raise --epochs")
-    print("epoch    phase    loss   clean   test% right*% seconds  rarest class", flush=True)
-    for epoch in range(len(state["records"]), cfg.epochs):  # DIFFERS: published: one more
+    print("epoch    phase    loss   clean   test% right*% seconds  least share", flush=True)
+    for epoch in range(len(state["records"]), cfg.epochs):  # DIFFERS: not one more.
         start = time.perf_counter()
         terms = train_epoch(learners, state["prototypes"], data, cfg, epoch)
         loss = sum(terms.values())
         logits = predict(learners, data.images, data.mean, data.std)
-        if not math.isfinite(loss) or not logits.isfinite().all():  # after the last step, too
-            raise UserError(f"epoch {epoch + 1} is not finite, {terms}: --resume, lower --lr")
+        if not math.isfinite(loss) or not logits.isfinite().all():  # of the last step
+            raise UserError(f"epoch {epoch + 1} not finite, {terms}: --resume with lower --lr")
         phase = "warm-up" if epoch < cfg.warm_up else "co-train"
         figures = evaluate(learners, logits, data, labels, class_names)
         record = {"epoch": epoch + 1, "phase": phase, "loss": loss, **terms, **figures}
@@ -1180,7 +1180,7 @@ def run(cfg):
             record["test_acc"] = accuracy(test_logits, test[1])
         record["seconds"] = time.perf_counter() - start
         state["records"].append(record)
-        # Labels: predictions, combined with a file's answers, or by Eq. 6 with split sets.
+        # Labels: predictions, combined with a file's answers, or, once split, with the sets.
         probs = logits.softmax(1)
         if cfg.annotations:
             probs = combine_answers(probs, votes)
@@ -1265,7 +1265,7 @@ def draw(prompts):
         style = words[1]  # unknown styles are plain
         width = {"narrow": 16, "wide": 30}.get(style, 20)
         slant = {"slanted": -15.0}.get(style, 0.0)  # in degrees
-        outlines = style == "printed"  # the other font is made of few pixels
+        outlines = style == "printed"  # This font is made of outlines, the other of pixels.
         font = ImageFont.load_default(30) if outlines else ImageFont.load_default_imagefont()
         image = Image.new("L", (64, 64))
         digit = str(DIGITS.index(words[3]))
