@@ -886,7 +886,7 @@ def read_photos(root, classes):
                             f" them (''), or --classes; look at {sorted(odd)}")
     strangers = {folder or "no folder" for _, folder in test} - set(class_names)
     if strangers:
-        raise UserError(f"{root}/test: expected {class_names}, but found {sorted(strangers)}")
+        raise UserError(f"{root}/test: expected {class_names}, got {sorted(strangers)}")
     train = [(path, -1 if classes else class_names.index(folder)) for path, folder in train]
     test = [(path, class_names.index(folder)) for path, folder in test]
     return train, test, class_names
@@ -995,13 +995,13 @@ def combine_answers(probs, votes, rounds=10):
     """Predictions [N,K], numbers of answers [N,K] -> probabilities of the labels [N,K].
 
     One-coin model (Dawid and Skene, 1979; with a classifier, Raykar et al., 2010): each answer
-    is right with chance a >= 1/K, or else any other label; both are fitted in turns."""
+    is right with chance a, or else any other label; a and the labels are fitted in turns."""
     num_wrong = probs.shape[1] - 1
     log_probs = probs.clamp_min(1e-6).log()
     labels = probs
     for _ in range(rounds):
         a = ((labels * votes).sum() / votes.sum().clamp_min(1)).clamp(0.001, 0.999)
-        labels = (log_probs + votes * (a * num_wrong / (1 - a)).log().clamp_min(0)).softmax(1)
+        labels = (log_probs + votes * (a * num_wrong / (1 - a)).log()).softmax(1)
     return labels
 
 def write_csv(path, mode, header, rows):
@@ -1010,8 +1010,8 @@ def write_csv(path, mode, header, rows):
 
 # (13) The command line ---------------------------------------------------------------------
 # The value of a setting is the first that is found: on the command line, in the run to resume
-# except for the device, in the preset of the data set, in the defaults of section 0. A run
-# keeps what was used before training, and what fixes the sizes of its tensors.
+# (not the device), in the preset of the data set, in the defaults of section 0. A run keeps
+# what was used before training, and what fixes the sizes of its tensors:
 
 KEPT = """dataset classes num_samples annotations synthetic clip_model clip_pretrained
     templates seed output_dir image_size channels width queue_size""".split()
