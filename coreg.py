@@ -418,8 +418,8 @@ def max_candidate_loss(probs, candidates):
     return -largest.log().clamp_min(-MAX_LOSS)
 
 def clean_probability(loss_history):
-    """Losses [E,N], newest last -> w [N], the posterior of the component with the lower mean.
-    Without NaN. Each epoch's are scaled to 0..1, the last epochs' averaged. DIFFERS: a fixed
+    """Losses [E,N] (no NaN, newest last) -> w [N], posterior of the component of lower mean.
+    Each epoch's losses are scaled to 0..1, those of the last epochs averaged. DIFFERS: a fixed
     seed; if all are equal, nothing speaks against any set, and w is 1."""
     losses = loss_history[-HISTORY_EPOCHS:].float().clamp_max(MAX_LOSS)
     low = losses.amin(1, keepdim=True)  # [E,1]
