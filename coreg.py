@@ -958,7 +958,7 @@ def to_pixels(image, cfg):
     mode = "L" if cfg.channels == 1 else "RGB"
     return TF.pil_to_tensor(TF.resize(image.convert(mode), [cfg.image_size, cfg.image_size]))
 
-def read_images(pairs, cfg, least):
+def read_images(pairs, cfg, least=1):
     """Pairs -> rows that can be read (`least` or more), uint8 [N,C,H,H], labels int [N]."""
     batches = list(load(pairs, lambda image: to_pixels(image, cfg)))
     if sum(len(rows) for rows, _, _ in batches) < least:
@@ -1115,7 +1115,7 @@ def run(cfg):
     rows, images, labels = read_images(pairs, cfg, least=2)
     pairs = Subset(pairs, rows)
     names = [names[row] for row in rows]
-    test = read_images(test_pairs, cfg, least=1)[1:] if len(test_pairs) else ([], [])
+    test = read_images(test_pairs, cfg)[1:] if len(test_pairs) else ([], [])
     print(f"{cfg.dataset}: {len(images)} training, {len(test[1])} test images, on {device}")
     pixel_means = torch.stack([image.float().mean() for image in images])  # [N]
 

@@ -920,7 +920,7 @@ def test_read_images_names_broken_files_and_leaves_them_out(capsys):
 def test_read_images_joins_the_rows_of_all_batches():
     pairs = [(Image.new("L", (8, 8), i // 2), i) for i in range(300)]
     pairs[7] = pairs[280] = (Path("none.png"), 0)
-    rows, images, labels = C.read_images(pairs, C.parse([]), 1)
+    rows, images, labels = C.read_images(pairs, C.parse([]))
     assert rows == labels.tolist() == [i for i in range(300) if i not in (7, 280)]
     assert images[:, 0, 0, 0].tolist() == [i // 2 for i in rows]
 
