@@ -707,9 +707,9 @@ def co_train_epoch(own, partner, prototypes, data, cfg, epoch):
             # Labels of unlabeled samples: both networks on both weak views.
             targets_u = partner_probs[:0]  # [0,K], if there are none
             if len(batch_u):
-                # A pass takes one view: in training mode BatchNorm uses the pass's statistics.
-                views = (u_w1, u_w2)
-                logits_u = [net(view)[0] for net in (own.net, partner.net) for view in views]
+                # In training mode a pass takes one view: BatchNorm uses the pass's statistics.
+                logits_u = [own.net(u_w1)[0], own.net(u_w2)[0]]
+                logits_u += partner.net(torch.cat([u_w1, u_w2]))[0].chunk(2)  # V = 4
                 targets_u = guess_labels(torch.stack(logits_u).softmax(2), cfg.temperature)
 
             # Labels of clean samples: the partner's split within the set, own predictions.
