@@ -49,7 +49,6 @@ def close(actual, expected, tol=1e-5):
     torch.testing.assert_close(actual, expected, rtol=tol, atol=tol, check_dtype=False)
 
 def contents():
-    """All files below the working folder with what is in them."""
     return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
 def one_line(capsys, *texts):
@@ -493,7 +492,6 @@ def test_MomentumQueue_keeps_the_newest_in_order():
         assert queue.keys.dtype == torch.float32
 
 def oracle_contrast(features, classes, clean, num_anchors, temperature):
-    """Eq. 11 with its masks, entry by entry."""
     loss = 0
     for i in range(num_anchors):
         total = 0
@@ -706,7 +704,6 @@ def test_train_epoch_gives_each_network_its_split(flags, partners, period, monke
     assert used == [[0, partners[0]], [1, partners[1]]]
 
 def move(module, device, memory_format):
-    """nn.Module.to() for fake tensors, with which the real one fails."""
     for part in module.modules():
         weights = {name: w for name, w in part._parameters.items() if w is not None}
         part._parameters |= {name: nn.Parameter(w.to(device)) for name, w in weights.items()}
@@ -844,7 +841,6 @@ def test_open_image_lets_a_lack_of_memory_through(monkeypatch):
         C.open_image("x.png")
 
 def labelled(pairs):
-    """Pairs of paths of such images -> list of (grey value, label)."""
     return [(np.asarray(C.open_image(path)).item(0), label) for path, label in pairs]
 
 def test_read_dataset_folder_leaves_out_hidden_names_and_sorts_class_after_class():
@@ -856,6 +852,7 @@ def test_read_dataset_folder_leaves_out_hidden_names_and_sorts_class_after_class
     Path("train/dog").symlink_to("../elsewhere")
     Path("train/cat/seen").symlink_to("../../elsewhere")
     Path("train/cat/notes.txt").symlink_to("nowhere")
+    Path("train/cat/again").symlink_to("..")  # a link up, which is not followed
     train, names, test, class_names = read_folder()
     assert class_names == ["__background__", "cat", "cat 3", "cat-2", "dog", "lost"]
     order = [(10, 0), (1, 1), (14, 1), (2, 1), (3, 1), (13, 2), (12, 3), (3, 4), (11, 5)]
@@ -928,6 +925,7 @@ def test_read_images_joins_the_rows_of_all_batches():
     ("", "/train"), ("test/a/1.png", "/train"), ("train/a/1.png train/a/2.png", "'a']"),
     ("train/3.png", "none beside them"), ("test/c/3.png", "'b'], got ['c']"),
     ("test/3.png", "'b'], got ['no folder']"), ("train/emu/3.heic", "['emu']"),
+    ("train/a/\u00e93.png train/a/e\u03013.png", "one name"),
     ("train/link", "train/link: "), ("test", "test: ")])
 def test_main_refuses_a_folder_without_use(paths, text, capsys):
     if paths and text not in ("/train", "'a']"):
@@ -1000,6 +998,9 @@ def test_combine_answers_of_a_round_by_hand():
     """a = 0.3 * 2 / 2; each answer weighs a * 2 / (1 - a) = 6/7; 0.3 * (6/7)^2 = 10.8 / 49."""
     labels = C.combine_answers(torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0, 2, 0]]), 1)
     close(labels * 45.1, [[24.5, 10.8, 9.8]])
+    probs = torch.tensor([[0.4, 0.3, 0.3], [1, 0, 0]])
+    labels = C.combine_answers(probs, torch.tensor([[1, 0, 0], [99, 0, 0]]))
+    close(labels[0, 0], 799.2 / 799.8)  # a is 0.999 at most, so an answer weighs 1998.
 
 @pytest.mark.parametrize("rounds", [1, 2, 10])
 @pytest.mark.parametrize("most", [0, 1, 4])
@@ -1101,7 +1102,6 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def words(photos, small_clip):
-    """The words of a small run, as a list."""
     argv = ["--dataset", "folder", "--data-dir", str(photos), "--output-dir", "run"]
     return [*argv, *small_clip, *FLAGS.split()]
 
@@ -1123,7 +1123,6 @@ def forbid_clip(monkeypatch):
     monkeypatch.setattr(C, "load_clip", lambda *args: pytest.fail("CLIP was loaded"))
 
 def rows_of(path):
-    """A CSV file -> its rows as tuples, without the first line."""
     with open(path, newline="", encoding="utf-8-sig") as file:
         return [tuple(row) for row in csv.reader(file)][1:]
 
@@ -1145,6 +1144,7 @@ def write_answers(path, answers):
 def test_main_writes_four_files_and_records_every_epoch(finished):
     assert sorted(os.listdir(finished)) == sorted([*FILES, "log.txt"])
     assert Path(finished, "log.txt").read_bytes() == b"a job's log"
+    assert Path(finished, "labels.csv").read_bytes()[:3] == b"\xef\xbb\xbf"  # for Excel
     terms = [{"set", "entropy"}, {"self"}, {"self", "prototype", "contrastive"}]
     for i, (record, names) in enumerate(zip(metrics(finished), terms, strict=True)):
         others = set(record) - names - {"epoch", "phase", "loss"}
@@ -1203,10 +1203,10 @@ def test_main_batch_fits_unless_it_is_given(flags, size, note, words, monkeypatc
 def test_main_counts_the_images_that_can_be_read(words, photos, monkeypatch, capsys):
     no_training(monkeypatch)
     shutil.copytree(photos, "p")
-    write(Path("p/test/red/13.png"), b"junk")
-    write(Path("p/train/green/03.png"), b"junk")
+    for path in [*sorted(Path("p/test").rglob("*.png"))[1:], Path("p/train/green/03.png")]:
+        write(path, b"junk")
     assert C.main([*words, "--data-dir", "p"]) == 0
-    assert "folder: 35 training, 8 test images" in capsys.readouterr().out
+    assert "folder: 35 training, 1 test images" in capsys.readouterr().out
     names = {f"{name}/{i:02}.png" for name in COLOURS for i in range(12)} - {"green/03.png"}
     for path in ("run/labels.csv", "run/annotations.csv"):
         assert {row[0] for row in rows_of(path)} == names
