@@ -961,10 +961,10 @@ def to_pixels(image, cfg):
 def read_images(pairs, cfg, least=1):
     """Pairs -> rows that can be read (`least` or more), uint8 [N,C,H,H], labels int [N]."""
     batches = list(load(pairs, lambda image: to_pixels(image, cfg)))
-    if sum(len(rows) for rows, _, _ in batches) < least:
+    rows = [row for batch in batches for row in batch[0]]
+    if len(rows) < least:
         raise UserError(f"--data-dir {cfg.data_dir}: expected {least} images that can be read")
-    rows, images, labels = zip(*batches)
-    rows = [row for batch in rows for row in batch]
+    _, images, labels = zip(*batches)
     return rows, torch.cat(images), torch.cat(labels)
 
 def read_annotations(path, names, class_names):
@@ -1010,8 +1010,8 @@ def write_csv(path, mode, header, rows):
 
 # (13) The command line ---------------------------------------------------------------------
 # The value of a setting is the first that is found: on the command line, in the run to resume
-# (not the device), in the preset of the data set, in the defaults of section 0. A run keeps
-# what was used before training, and what fixes the sizes of its tensors:
+# except for the device, in the preset of the data set, in the defaults of section 0. A run
+# keeps what was used before training, and what fixes the sizes of its tensors.
 
 KEPT = """dataset classes num_samples annotations synthetic clip_model clip_pretrained
     templates seed output_dir image_size channels width queue_size""".split()
