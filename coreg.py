@@ -488,7 +488,7 @@ RAMP_EPOCHS = 16
 
 def sharpen(probs, temperature):
     """Eq. 7: normalise(p^(1/temperature)); below 1 it makes labels surer. [B,K] -> [B,K]."""
-    return (probs.float().log() / temperature).softmax(1)  # the same formula
+    return (probs.float().log() / temperature).softmax(1)  # the same, by logarithms
 
 @torch.no_grad()
 def refine_labels(own_probs, partner_probs, candidates, clean_prob, temperature):
@@ -591,7 +591,7 @@ def contrastive_masks(classes, clean, num_anchors):
     """Pseudo-classes int [M], clean flags bool [M] -> positives, ignored: bool [A,M] (Eq. 11).
 
     The M entries are the A anchors, their keys in the same order, and the queue. positives:
-    own key, or same class and both clean (as itself may be). ignored: others of the class."""
+    own key; same class if both are clean (an anchor itself, too). ignored: else same class."""
     same_class = classes[:num_anchors, None] == classes  # [A,M]
     both_clean = clean[:num_anchors, None] & clean  # [A,M]
     own_key = torch.zeros_like(same_class)
@@ -605,7 +605,7 @@ def supcon_loss(features, positives, ignored, temperature=CONTRASTIVE_TEMPERATUR
     features [M,D] of norm 1, the A anchors first; positives, ignored: bool [A,M]. An anchor is
     never contrasted with itself. DIFFERS: ignored entries are left out of a logsumexp in
     float32; the published code subtracts their sum, and the difference can fall below 0."""
-    with torch.autocast(features.device.type, enabled=False):  # even inside a caller's
+    with torch.autocast(features.device.type, enabled=False):  # in anybody's, too
         features = features.float()
         similarity = features[: len(positives)] @ features.T / temperature  # [A,M]
     itself = torch.zeros_like(positives)
@@ -841,7 +841,7 @@ def open_image(path):
     """Image file -> PIL image as to_square() makes it. UserError if it cannot be read."""
     try:
         image = Image.open(path)
-        # Modes I and F are deep. Of colours only the tile says it: RGB;16B (BGR;16 is not).
+        # Deep grey has mode I or F; deep colour shows in the tile alone: RGB;16B, not BGR;16.
         if image.mode[0] in "IF" or ";16" in str(image.tile).replace("BGR;16", ""):
             raise ValueError("it has more than 8 bits a channel")
         image.load()
@@ -911,7 +911,7 @@ def read_dataset(cfg):
         root = Path(cfg.data_dir, "train")
         names = [standard(path.relative_to(root).as_posix()) for path, _ in train]
         if len(set(names)) < len(names):
-            raise UserError(f"{root}: two photos have one name, but for blanks or accents")
+            raise UserError(f"{root}: two photos have one name, apart from blanks or accents")
     else:
         try:
             train, test = read_known(cfg.dataset, cfg.data_dir)
@@ -1165,12 +1165,12 @@ def run(cfg):
     if cfg.warm_up < cfg.epochs <= cfg.warm_up + cfg.start_contrastive + 1:
         print("note: prototypes and contrast (Eq. 9 to 11) never join; raise --epochs")
     print("epoch    phase    loss   clean   test% right*% seconds  least share", flush=True)
-    for epoch in range(len(state["records"]), cfg.epochs):  # DIFFERS: not one more.
+    for epoch in range(len(state["records"]), cfg.epochs):  # DIFFERS: published: epochs + 1
         start = time.perf_counter()
         terms = train_epoch(learners, state["prototypes"], data, cfg, epoch)
         loss = sum(terms.values())
         logits = predict(learners, data.images, data.mean, data.std)
-        if not math.isfinite(loss) or not logits.isfinite().all():  # of the last step
+        if not math.isfinite(loss) or not logits.isfinite().all():  # NaN in the last step
             raise UserError(f"epoch {epoch + 1} not finite, {terms}: --resume with lower --lr")
         phase = "warm-up" if epoch < cfg.warm_up else "co-train"
         figures = evaluate(learners, logits, data, labels, class_names)
