@@ -34,7 +34,7 @@ left.axvline(8.5, color="tab:red", linestyle="--", linewidth=1)
 left.text(8.3, 57, "co-training starts", color="tab:red", ha="right")
 left.set(xlabel="epoch", ylabel="right test images in %", ylim=(55, 100), xlim=(1, 20))
 left.set_xticks([1, 5, 10, 15, 20])
-left.set_title("Five seeds and their mean")
+left.set_title("Five seeds (thin) and their mean (thick)")
 left.legend(loc="lower right")
 
 # The last split of network 1: what the mixture sees, the losses of five epochs on one scale.
@@ -46,14 +46,15 @@ scaled = ((losses - low) / (high - low)).mean(0)  # [N]
 is_clean = coreg.clean_probability(losses) > coreg.CLEAN_THRESHOLD
 threshold = scaled[is_clean].max().item()
 bins = np.linspace(0, 1, 40)
-outline = {"histtype": "step", "linewidth": 2.5}
-right.hist(scaled[holds_label], bins, label="the set holds the true label", **outline)
-right.hist(scaled[~holds_label], bins, label="it does not", **outline)
-right.axvline(threshold, color="tab:red", linestyle="--")
-right.text(threshold, 180, "  not clean", color="tab:red", ha="left")
-right.text(threshold, 180, "clean  ", color="tab:red", ha="right")
-right.set(yscale="log", xlabel="loss of a set (Eq. 4), scaled", ylabel="number of sets")
-right.set_title("The last split, of network 1")
+for mask, title in ((holds_label, "hold the true label"), (~holds_label, "do not hold it")):
+    weights = np.full(mask.sum(), 100 / mask.sum())  # each kind adds up to 100 %
+    title = f"{mask.sum()} sets that {title}"
+    right.hist(scaled[mask], bins, weights=weights, alpha=0.6, label=title)
+right.axvline(threshold, color="tab:red", linestyle="--", linewidth=1)
+right.text(threshold + 0.02, 25, "not clean", color="tab:red")
+right.text(threshold - 0.02, 25, "clean", color="tab:red", ha="right")
+right.set(xlabel="loss of a set (Eq. 4), scaled to 0..1", ylabel="share of its kind in %")
+right.set_title("The last split of network 1, seed 0")
 right.legend(loc="upper right")
 figure.savefig(HERE / "curves.png")
 
@@ -65,11 +66,11 @@ wrong = ((found != labels) & ~holds_label).nonzero().flatten().tolist()
 wrong += ((found != labels) & holds_label).nonzero().flatten().tolist()
 
 def different(rows):
-    """The first rows of five different digits, as far as there are so many."""
+    """The first rows of six different digits, as far as there are so many."""
     chosen = {}
     for row in rows:
         chosen.setdefault(labels[row].item(), row)
-    return [*chosen.values(), *(row for row in rows if row not in chosen.values())][:5]
+    return [*chosen.values(), *(row for row in rows if row not in chosen.values())][:6]
 
 def show(place, image, title, color="white"):
     place.imshow(image, "gray")
@@ -86,6 +87,7 @@ answers = [coreg.annotate(clip, train, class_names, [template], "cpu")[1].int().
            for template in templates]  # of each style, [N]
 unsure = (holds_label & (sets.sum(1) == 3)).nonzero().flatten()[0].item()
 show(places[0, 0], train[unsure][0], f"an image of a {labels[unsure]}")
+places[0, 0].set_ylabel("answers", fontsize=18)
 for t, template in enumerate(templates):
     answer = answers[t][unsure].item()
     [drawing] = coreg.draw([template.replace("{}", class_names[answer])])
@@ -93,9 +95,8 @@ for t, template in enumerate(templates):
     show(places[0, t + 1], drawing[0], f"{style}: {answer}")
 kinds = [(1, repaired, "tab:green", "repaired"), (2, wrong, "tab:red", "wrong")]
 for line, rows, color, word in kinds:
-    places[line, 0].axis("off")
-    places[line, 0].text(0.5, 0.5, word, ha="center", fontsize=18, color=color)
-    for place, row in zip(places[line, 1:], different(rows)):
+    places[line, 0].set_ylabel(word, fontsize=18, color=color)
+    for place, row in zip(places[line], different(rows)):
         members = ", ".join(str(k) for k in sets[row].nonzero().flatten().tolist())
         title = f"a {labels[row]}: set {{{members}}}\nfound {found[row]}"
         show(place, train[row][0], title, color)
