@@ -814,7 +814,8 @@ PRESETS = {  # as in the published code; those of digits and folder are this fil
         channels=1, image_size=8, mirror=False, cutout=[0, 0.33], clip_model="tiny",
         templates="digits", width=16, epochs=20, warm_up=8, start_contrastive=1,
         batch_size=64, lr=0.05, lr_period=0, momentum=0.99, queue_size=1024, precision="fp32"),
-    "folder": dict(epochs=100, lr_period=0),
+    "folder": dict(width=16, epochs=24, warm_up=8, start_contrastive=5, batch_size=20, lr=0.05,
+                   lr_period=0, ablate=["mixup", "split"]),
     "cifar10": dict(),
     "cifar100": dict(warm_up=100),
     "svhn": dict(mirror=False),
@@ -859,9 +860,7 @@ def find_images(root):
 
     pairs = []
     for folder, inner, files in os.walk(root, onerror=fail, followlinks=True):
-        here = Path(folder).resolve()
-        inner[:] = [name for name in inner if name[0] != "."  # os.walk() skips the others:
-                    and not here.is_relative_to(Path(folder, name).resolve())]  # links up, too
+        inner[:] = [name for name in inner if name[0] != "."]  # os.walk() skips the others.
         top = standard(Path(folder).relative_to(root).parts[0]) if folder != str(root) else ""
         for path in [Path(folder, name) for name in files if name[0] != "."]:
             if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
@@ -1043,7 +1042,7 @@ def parse(argv):
     if cfg.classes and cfg.dataset != "folder":
         parser.error("--classes: expected --dataset folder beside it")
     if cfg.balance and "split" in cfg.ablate:
-        parser.error("--balance and --ablate split: expected one of them")
+        parser.error("--balance: expected --ablate beside it, without split, as in '--ablate'")
     return cfg
 
 # (14) The run: its files -------------------------------------------------------------------
@@ -1159,7 +1158,8 @@ def run(cfg):
         save(folder, state, learners)
 
     # Training.
-    print(f"width {cfg.width} batch {cfg.batch_size} epochs {cfg.epochs} ablate {cfg.ablate}")
+    print(f"width {cfg.width} batch {cfg.batch_size} epochs {cfg.epochs} warm-up {cfg.warm_up}"
+          f" lr {cfg.lr} balance {cfg.balance} ablate {cfg.ablate}")
     if cfg.batch_size > twentieth:
         print(f"note: an epoch has few steps; --batch-size {twentieth} may learn more")
     if cfg.warm_up < cfg.epochs <= cfg.warm_up + cfg.start_contrastive + 1:
