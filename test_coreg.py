@@ -1023,8 +1023,8 @@ DIFFERENCES = {"cifar10": {}, "cifar100": {"warm_up": 100}, "svhn": {"mirror": F
     "fmnist": {"channels": 1, "epochs": 100, "image_size": 28, "cutout": [16 / 28, 16 / 28]},
     "eurosat": {"image_size": 64, "epochs": 100},
     "gtsrb": {"image_size": 64, "epochs": 100, "mirror": False},
-    "folder": {"width": 16, "epochs": 24, "warm_up": 8, "start_contrastive": 5, "batch_size": 20,
-               "lr": 0.05, "lr_period": 0, "ablate": ["mixup", "split"]}}
+    "folder": {"width": 16, "epochs": 24, "warm_up": 8, "start_contrastive": 5, "lr": 0.05,
+               "batch_size": 20, "lr_period": 0, "ablate": ["mixup", "split"]}}
 
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_parse_takes_the_settings_of_the_data_set(name):
