@@ -88,7 +88,7 @@ def add_settings(parser):
     flag("--clip-model", "ViT-B-32-quickgelu", str, "a model of open_clip; or tiny")
     flag("--clip-pretrained", "openai", str, "open_clip's tag of the weights, or a file")
     flag("--templates", "small", str, "small, digits, or prompts: 'a {}; the {}'")
-    flag("--epochs", 800, between(int, 1), "in all")
+    flag("--epochs", 800, between(int, 1), "in all; more for up to 120 images if not given")
     flag("--warm-up", 50, between(int, 0), "epochs before the split; raise it for noisy sets")
     flag("--start-contrastive", 10, between(int, 0), "prototypes and contrast join in epoch"
          " START_CONTRASTIVE + 2 of co-training")
@@ -1021,19 +1021,20 @@ def parse(argv):
     parser = argparse.ArgumentParser("coreg.py", usage, add_help=False, allow_abbrev=False)
     add_settings(parser)
     # A first pass reads --dataset and --resume, which set the defaults of the second, and sees
-    # if --batch-size is given (else None stays). --help comes later: it shows the defaults.
-    chosen, _ = parser.parse_known_args(argv, argparse.Namespace(batch_size=None))
-    own_dir = time.strftime(f"runs/{chosen.dataset}-seed{chosen.seed}-%Y%m%d-%H%M%S")
-    parser.set_defaults(**PRESETS[chosen.dataset], output_dir=own_dir)
+    # if two settings are given (else None stays). --help comes later: it shows the defaults.
+    given, _ = parser.parse_known_args(argv, argparse.Namespace(batch_size=None, epochs=None))
+    own_dir = time.strftime(f"runs/{given.dataset}-seed{given.seed}-%Y%m%d-%H%M%S")
+    parser.set_defaults(**PRESETS[given.dataset], output_dir=own_dir)
     saved = {}
-    if chosen.resume:
-        saved = read_checkpoint(chosen.resume)["settings"]
-        parser.set_defaults(**{**saved, "device": chosen.device})
+    if given.resume:
+        saved = read_checkpoint(given.resume)["settings"] | {"device": given.device}
+        parser.set_defaults(**saved)
     parser.add_argument("-h", "--help", action="help", help="show this, with (defaults)")
     cfg = parser.parse_args(argv)
-    cfg.batch_fits = chosen.batch_size is None and saved.get("batch_fits", True)
+    cfg.batch_fits = given.batch_size is None and saved.get("batch_fits", True)
+    cfg.epochs_fit = given.epochs is None and not saved
     for name in KEPT:
-        if chosen.resume and getattr(cfg, name) != saved[name]:
+        if saved and getattr(cfg, name) != saved[name]:
             parser.error(f"--resume: leave --{name.replace('_', '-')} out: a run keeps it")
     if cfg.warm_up > cfg.epochs:
         parser.error(f"--warm-up {cfg.warm_up} is more than --epochs {cfg.epochs}: set both")
@@ -1140,9 +1141,12 @@ def run(cfg):
         print(f"sets without the true label*: {100 - coverage(candidates, labels):.2f} %")
 
     # The state of training.
-    twentieth = max(8, len(images) // 20)
     if cfg.batch_fits:
-        cfg.batch_size = min(cfg.batch_size, twentieth)
+        cfg.batch_size = min(cfg.batch_size, max(8, len(images) // 20))
+    if cfg.epochs_fit:  # An epoch of few images has few steps.
+        times = max(1, 240 // len(images))
+        cfg.epochs *= times
+        cfg.warm_up *= times
     torch.manual_seed(cfg.seed)
     data = WeakStrongImages(images.to(device), candidates, cfg)
     learners = [Learner(len(class_names), cfg, device) for _ in range(2)]
@@ -1160,10 +1164,6 @@ def run(cfg):
     # Training.
     print(f"width {cfg.width} batch {cfg.batch_size} epochs {cfg.epochs} warm-up {cfg.warm_up}"
           f" lr {cfg.lr} balance {cfg.balance} ablate {cfg.ablate}")
-    if cfg.batch_size > twentieth:
-        print(f"note: an epoch has few steps; --batch-size {twentieth} may learn more")
-    if cfg.warm_up < cfg.epochs <= cfg.warm_up + cfg.start_contrastive + 1:
-        print("note: prototypes and contrast (Eq. 9 to 11) never join; raise --epochs")
     print("epoch    phase    loss   clean   test% right*% seconds  least share", flush=True)
     for epoch in range(len(state["records"]), cfg.epochs):  # DIFFERS: published: epochs + 1
         start = time.perf_counter()

@@ -439,8 +439,7 @@ def test_labels_and_prototypes_pass_no_gradient():
     probs = random_probs(4, 3).requires_grad_()
     w = torch.full((4,), 0.4, requires_grad=True)
     sets = torch.ones(4, 3, dtype=torch.bool)
-    results = [
-        C.refine_labels(probs, probs, sets, w, 0.5), C.guess_labels(probs[None], 0.5),
+    results = [C.refine_labels(probs, probs, sets, w, 0.5), C.guess_labels(probs[None], 0.5),
         C.update_prototypes(torch.zeros(3, 3), probs, torch.tensor([0, 0, 1, 2]), 0.9)]
     assert not any(result.requires_grad for result in results)
 
@@ -1078,7 +1077,7 @@ def test_parse_help_shows_every_flag_with_the_default_of_the_run(capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert " --balance, --no-balance " in said
     assert "if it is not given, at most a twentieth of all images" in said
-    for name in settings.keys() - {"balance", "batch_fits", "output_dir"}:
+    for name in settings.keys() - {"balance", "batch_fits", "epochs_fit", "output_dir"}:
         default = re.escape(f"({settings[name]})")
         assert re.search(rf"--(no-)?{name.replace('_', '-')} ((?! --).)*{default}", said), name
 
@@ -1160,7 +1159,7 @@ def test_main_writes_four_files_and_records_every_epoch(finished):
 def test_main_prints_a_log_with_labels(words, capsys):
     assert C.main([*words, "--epochs", "2"]) == 0
     lines = [x for x in capsys.readouterr().out.splitlines() if not x.startswith("split: ")]
-    *head, setting, note, title, first, second, end, result = lines
+    *head, setting, title, first, second, end, result = lines
     assert head[:3] == ["3 classes: blue, green, red", "results go to run",
                         "folder: 36 training, 9 test images, on cpu"]
     assert [line.split(":")[0] for line in head[3:]] == [
@@ -1177,25 +1176,26 @@ def test_main_prints_a_log_with_labels(words, capsys):
     assert end == "finished after epoch 2, see labels.csv in run"
     assert result == f"result: {record['test_acc']:.1f} % of test images right"
 
-@pytest.mark.parametrize("epochs, start, says", [
-    (1, 0, False), (2, 0, True), (3, 0, False), (5, 3, True), (6, 3, False)])
-def test_main_says_if_prototypes_never_join(epochs, start, says, words, monkeypatch, capsys):
-    no_training(monkeypatch)
-    flags = f"--epochs {epochs} --start-contrastive {start} --synthetic 0 0"
-    assert C.main([*words, *flags.split()]) == 0
-    assert ("note: prototypes and contrast" in capsys.readouterr().out) == says
+@pytest.mark.parametrize("num, flags, epochs, warm_up", [
+    (36, "", 144, 48), (36, "--epochs 30", 30, 8), (36, "--warm-up 24", 144, 144),
+    (121, "--dataset digits", 20, 8), (120, "--dataset digits", 40, 16)])
+def test_main_epochs_fit_few_images(num, flags, epochs, warm_up, photos, monkeypatch, capsys):
+    no_training(monkeypatch)  # The resume multiplies nothing again.
+    argv = f"--dataset folder --data-dir {photos} --width 4 --synthetic 0 0 --output-dir run"
+    assert C.main([*argv.split(), "--num-samples", str(num), *flags.split()]) == 0
+    assert C.main(["--resume", "run"]) == 0
+    said = re.findall(r" epochs (\d+) warm-up (\d+) ", capsys.readouterr().out)
+    assert said == [(str(epochs), str(warm_up))] * 2
 
-@pytest.mark.parametrize("flags, size, note", [
-    ("", 8, False), ("--batch-size 12", 12, True), ("--batch-size 4", 4, False),
-    ("--dataset digits --num-samples 200", 10, False), ("--dataset digits", 64, False)])
-def test_main_batch_fits_unless_it_is_given(flags, size, note, words, monkeypatch, capsys):
+@pytest.mark.parametrize("flags, size", [
+    ("", 8), ("--batch-size 9", 9), ("--batch-size 4", 4), ("--dataset digits", 64),
+    ("--dataset digits --num-samples 200", 10)])
+def test_main_batch_fits_unless_it_is_given(flags, size, words, monkeypatch, capsys):
     no_training(monkeypatch)
     argv = [*words, "--channels", "1", "--epochs", "1", "--synthetic", "0.3", "0"]
     for more in ([*argv, *flags.split()], ["--resume", "run", "--epochs", "2"]):
         assert C.main(more) == 0
-        said = capsys.readouterr().out
-        assert f"batch {size} " in said
-        assert ("note: an epoch has few steps; --batch-size 8 may" in said) == note
+        assert f"batch {size} " in capsys.readouterr().out
     for flags in ("--batch-size 20", ""):  # The second resume keeps what the first was given.
         assert C.main(f"--resume run --epochs 3 {flags}".split()) == 0
         assert "batch 20 " in capsys.readouterr().out
