@@ -605,7 +605,7 @@ def supcon_loss(features, positives, ignored, temperature=CONTRASTIVE_TEMPERATUR
     features [M,D] of norm 1, the A anchors first; positives, ignored: bool [A,M]. An anchor is
     never contrasted with itself. DIFFERS: ignored entries are left out of a logsumexp in
     float32; the published code subtracts their sum, and the difference can fall below 0."""
-    with torch.autocast(features.device.type, enabled=False):  # in anybody's, too
+    with torch.autocast(features.device.type, enabled=False):  # in a caller's, too
         features = features.float()
         similarity = features[: len(positives)] @ features.T / temperature  # [A,M]
     itself = torch.zeros_like(positives)
@@ -1043,7 +1043,7 @@ def parse(argv):
     if cfg.classes and cfg.dataset != "folder":
         parser.error("--classes: expected --dataset folder beside it")
     if cfg.balance and "split" in cfg.ablate:
-        parser.error("--balance: expected --ablate beside it, without split, as in '--ablate'")
+        parser.error("--balance needs the split: put --ablate beside it, without that word")
     return cfg
 
 # (14) The run: its files -------------------------------------------------------------------
