@@ -325,8 +325,7 @@ class CoRegNet(nn.Module):
 def bf16_is_fast(device):
     """Are convolutions on a torch.device faster in bfloat16? On new GPUs and some CPUs."""
     if device.type == "cuda":
-        with torch.cuda.device(device):  # The next line asks about the current GPU.
-            return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 class Learner:
@@ -842,9 +841,8 @@ def open_image(path):
     """Image file -> PIL image as to_square() makes it. UserError if it cannot be read."""
     try:
         image = Image.open(path)
-        # Deep grey has mode I or F; deep colour shows in the tile alone: RGB;16B, not BGR;16.
-        if image.mode[0] in "IF" or ";16" in str(image.tile).replace("BGR;16", ""):
-            raise ValueError("it has more than 8 bits a channel")
+        if image.mode[0] in "IF":  # Pillow would cut brighter values off.
+            raise ValueError("it has more than 8 bits of grey")
         image.load()
     except MemoryError:  # no fault of the photo
         raise
@@ -909,8 +907,6 @@ def read_dataset(cfg):
         train, test, class_names = read_photos(cfg.data_dir, cfg.classes)
         root = Path(cfg.data_dir, "train")
         names = [standard(path.relative_to(root).as_posix()) for path, _ in train]
-        if len(set(names)) < len(names):
-            raise UserError(f"{root}: two photos have one name, apart from blanks or accents")
     else:
         try:
             train, test = read_known(cfg.dataset, cfg.data_dir)
@@ -990,18 +986,25 @@ def read_annotations(path, names, class_names):
         raise UserError(f"{path}: expected answers, with paths such as {names[0]!r}")
     return votes
 
-def combine_answers(probs, votes, rounds=10):
+def combine_answers(probs, votes, rounds=10, hard_share=0.0):
     """Predictions [N,K], numbers of answers [N,K] -> probabilities of the labels [N,K].
 
-    One-coin model (Dawid and Skene, 1979; with a classifier, Raykar et al., 2010): each answer
-    is right with chance a, or else any other label; a and the labels are fitted in turns."""
-    num_wrong = probs.shape[1] - 1
-    log_probs = probs.clamp_min(1e-6).log()
-    labels = probs
+    One-coin model (Dawid and Skene, 1979; with a classifier, Raykar et al., 2010): an answer
+    is right with chance a, or else any other label. Answers to a share of hard images follow a
+    table, row by class: a model's favourite mistakes. Labels, a, table are fitted in turns."""
+    num_classes = probs.shape[1]
+    probs = probs.clamp_min(1e-6)
+    votes = votes.float()
+    prior = torch.cat([(1 - hard_share) * probs, hard_share * probs], 1)
+    labels = prior  # [N,2K]: the K classes of an easy image, then those of a hard one
     for _ in range(rounds):
-        a = ((labels * votes).sum() / votes.sum().clamp_min(1)).clamp(0.001, 0.999)
-        labels = (log_probs + votes * (a * num_wrong / (1 - a)).log()).softmax(1)
-    return labels
+        easy, hard = (labels.T @ votes).split(num_classes)  # answers by class, [K,K]
+        a = (easy.trace() / easy.sum().clamp_min(1)).clamp(0.001, 0.999).item()
+        coin = torch.full_like(easy, (1 - a) / (num_classes - 1)).fill_diagonal_(a)
+        table = F.normalize(hard + 100 / num_classes, p=1)  # even, while answers are few
+        chances = torch.cat([coin, table])  # [2K,K]
+        labels = (prior.log() + votes @ chances.log().T).softmax(1)
+    return sum(labels.split(num_classes, 1))
 
 def write_csv(path, mode, header, rows):
     with open(path, mode, newline="", encoding="utf-8-sig") as file:  # -sig is for Excel.
@@ -1031,7 +1034,7 @@ def parse(argv):
         parser.set_defaults(**saved)
     parser.add_argument("-h", "--help", action="help", help="show this, with (defaults)")
     cfg = parser.parse_args(argv)
-    cfg.batch_fits = given.batch_size is None and saved.get("batch_fits", True)
+    cfg.batch_fits = given.batch_size is None and not saved
     cfg.epochs_fit = given.epochs is None and not saved
     for name in KEPT:
         if saved and getattr(cfg, name) != saved[name]:
@@ -1183,7 +1186,7 @@ def run(cfg):
         # Labels: predictions, combined with a file's answers, or, once split, with the sets.
         probs = logits.softmax(1)
         if cfg.annotations:
-            probs = combine_answers(probs, votes)
+            probs = combine_answers(probs, votes, hard_share=0.1)
         elif "clean" in record:
             clean_prob = (learners[0].split[1] + learners[1].split[1]) / 2
             probs = refine_labels(probs, probs, data.candidates, clean_prob, temperature=1.0)
@@ -1227,11 +1230,8 @@ def main(argv=None):
         print(f"coreg.py: interrupted; --resume {folder}, if training began", file=sys.stderr)
         return 130
     except (UserError, OSError, UnicodeEncodeError, torch.OutOfMemoryError) as error:
-        text = str(error)
-        if isinstance(error, OSError) and not error.filename:  # a full disk
-            text = f"{folder}: {error}"
-        if isinstance(error, UnicodeEncodeError):
-            text = f"expected names that UTF-8 and this terminal have, got {error.object!r}"
+        full_disk = getattr(error, "filename", "") is None
+        text = f"{folder}: {error}" if full_disk else str(error)
         print("coreg.py:", " ".join(text.split()), file=sys.stderr)
         return 2
 
