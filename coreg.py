@@ -989,9 +989,9 @@ def read_annotations(path, names, class_names):
 def combine_answers(probs, votes, rounds=10, hard_share=0.0):
     """Predictions [N,K], numbers of answers [N,K] -> probabilities of the labels [N,K].
 
-    One-coin model (Dawid and Skene, 1979; with a classifier, Raykar et al., 2010): an answer
-    is right with chance a, or else any other label. Answers to a share of hard images follow a
-    table, row by class: a model's favourite mistakes. Labels, a, table are fitted in turns."""
+    One-coin model (Dawid and Skene, 1979; Raykar et al., 2010): an answer is right with chance
+    a, or else any other label. But a share of images is hard: there, a table says how likely a
+    class gets which answer (favourite mistakes). Labels, a and table are fitted in turns."""
     num_classes = probs.shape[1]
     probs = probs.clamp_min(1e-6)
     votes = votes.float()
