@@ -881,7 +881,7 @@ def read_photos(root, classes):
         if odd:
             raise UserError(f"{root}/train: expected images in each folder, and none beside"
                             f" them (''), or --classes; look at {sorted(odd)}")
-    strangers = {folder or "no folder" for _, folder in test} - set(class_names)
+    strangers = {folder for _, folder in test} - set(class_names)
     if strangers:
         raise UserError(f"{root}/test: expected {class_names}, got {sorted(strangers)}")
     train = [(path, -1 if classes else class_names.index(folder)) for path, folder in train]
@@ -995,8 +995,8 @@ def combine_answers(probs, votes, rounds=10, hard_share=0.0):
     num_classes = probs.shape[1]
     probs = probs.clamp_min(1e-6)
     votes = votes.float()
-    prior = torch.cat([(1 - hard_share) * probs, hard_share * probs], 1)
-    labels = prior  # [N,2K]: the K classes of an easy image, then those of a hard one
+    prior = torch.cat([(1 - hard_share) * probs, hard_share * probs], 1)  # [N,2K]: easy, hard
+    labels = F.pad(votes, [0, num_classes])  # at first; predictions may be all one class
     for _ in range(rounds):
         easy, hard = (labels.T @ votes).split(num_classes)  # answers by class, [K,K]
         a = (easy.trace() / easy.sum().clamp_min(1)).clamp(0.001, 0.999).item()
@@ -1125,7 +1125,7 @@ def run(cfg):
     # Their candidate sets. (Another decoder may change a photo's mean, by 3 of 255 at most.)
     if cfg.resume:
         state = read_checkpoint(folder, device)
-        same = [state["names"], state["class_names"]] == [names, class_names]
+        same = state["names"] == names and state["class_names"] == class_names
         if not same or (state["pixel_means"].cpu() - pixel_means).abs().max() > 3:
             raise UserError(f"--data-dir {cfg.data_dir}: expected the images of {folder}")
     else:
@@ -1199,7 +1199,7 @@ def run(cfg):
             line += f" {record[name]:7.1f}" if name in record else f" {'-':>7}"
         print(f"{line}  {record['least_share']:.0f} % of {record['least_class']}", flush=True)
     print(f"finished after epoch {len(state['records'])}, see labels.csv in {folder}")
-    if "test_acc" in state["records"][-1]:
+    if len(test[1]):
         print(f"result: {state['records'][-1]['test_acc']:.1f} % of test images right")
 
 def load_classifier(folder, device="cpu"):
@@ -1230,9 +1230,9 @@ def main(argv=None):
         print(f"coreg.py: interrupted; --resume {folder}, if training began", file=sys.stderr)
         return 130
     except (UserError, OSError, UnicodeEncodeError, torch.OutOfMemoryError) as error:
-        full_disk = getattr(error, "filename", "") is None
-        text = f"{folder}: {error}" if full_disk else str(error)
-        print("coreg.py:", " ".join(text.split()), file=sys.stderr)
+        if getattr(error, "filename", "") is None:  # a full disk
+            error = f"{folder}: {error}"
+        print("coreg.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2
 
 # (15) Appendix: TinyCLIP -------------------------------------------------------------------
