@@ -995,15 +995,15 @@ def combine_answers(probs, votes, rounds=10, hard_share=0.0):
     num_classes = probs.shape[1]
     probs = probs.clamp_min(1e-6)
     votes = votes.float()
-    prior = torch.cat([(1 - hard_share) * probs, hard_share * probs], 1)  # [N,2K]: easy, hard
-    labels = F.pad(votes, [0, num_classes])  # at first; predictions may be all one class
+    log_prior = torch.cat([(1 - hard_share) * probs, hard_share * probs], 1).log()  # [N,2K]
+    labels = F.pad(votes, [0, num_classes])  # the answers: predictions may be all one class
     for _ in range(rounds):
-        easy, hard = (labels.T @ votes).split(num_classes)  # answers by class, [K,K]
+        easy, hard = (labels.T @ votes).split(num_classes)  # [K,K]: of each class, its answers
         a = (easy.trace() / easy.sum().clamp_min(1)).clamp(0.001, 0.999).item()
         coin = torch.full_like(easy, (1 - a) / (num_classes - 1)).fill_diagonal_(a)
         table = F.normalize(hard + 100 / num_classes, p=1)  # even, while answers are few
         chances = torch.cat([coin, table])  # [2K,K]
-        labels = (prior.log() + votes @ chances.log().T).softmax(1)
+        labels = (log_prior + votes @ chances.log().T).softmax(1)
     return sum(labels.split(num_classes, 1))
 
 def write_csv(path, mode, header, rows):
@@ -1230,7 +1230,7 @@ def main(argv=None):
         print(f"coreg.py: interrupted; --resume {folder}, if training began", file=sys.stderr)
         return 130
     except (UserError, OSError, UnicodeEncodeError, torch.OutOfMemoryError) as error:
-        if getattr(error, "filename", "") is None:  # a full disk
+        if isinstance(error, OSError) and not error.filename:  # a full disk
             error = f"{folder}: {error}"
         print("coreg.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2
