@@ -10,8 +10,8 @@ Annotators" (AAAI 2025; arXiv 2406.18550).
     python coreg.py --dataset cifar10  # the paper's setting, with OpenAI's CLIP ViT-B/32
 
 Sections 1 to 11 are the method, 12 to 15 the tool around it. Contents: grep "^# (" coreg.py
-Marks: "Eq. 5" and headings in quotes are the AAAI paper's; "Published code" stands only in the
-authors' code (github.com/Portugas0807/Co-Reg); "DIFFERS" is a departure from that code.
+Marks: "Eq. 5" and headings in quotes are the AAAI paper's; "published code" is what only the
+authors' code has (github.com/Portugas0807/Co-Reg); "DIFFERS" is a departure from that code.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def add_settings(parser):
     flag("--num-samples", None, between(int, 2), "train on a random subset of N images")
     flag("--image-size", 32, between(int, 8), "side in pixels of what the networks see")
     flag("--channels", 3, int, "1: grey, 3: colour", choices=[1, 3])
-    flag("--cutout", [0, 0.5], between(float, 0, 1), "blank part of a side: from, to", nargs=2)
+    flag("--cutout", [0, 0.5], between(float, 0, 1), "blank square's side: from, to", nargs=2)
     flag("--annotations", None, path, "a CSV file of answers, with columns path and label")
     flag("--synthetic", None, between(float, 0, 1), "sets made of TRUE labels: a wrong label"
          " joins with chance Q; then, with chance ETA, one replaces the true label", nargs=2,
@@ -88,7 +88,7 @@ def add_settings(parser):
     flag("--clip-model", "ViT-B-32-quickgelu", str, "a model of open_clip; or tiny")
     flag("--clip-pretrained", "openai", str, "open_clip's tag of the weights, or a file")
     flag("--templates", "small", str, "small, digits, or prompts: 'a {}; the {}'")
-    flag("--epochs", 800, between(int, 1), "in all; more for up to 120 images if not given")
+    flag("--epochs", 800, between(int, 1), "in all; if not given, more for up to 120 images")
     flag("--warm-up", 50, between(int, 0), "epochs before the split; raise it for noisy sets")
     flag("--start-contrastive", 10, between(int, 0), "prototypes and contrast join in epoch"
          " START_CONTRASTIVE + 2 of co-training")
@@ -96,7 +96,7 @@ def add_settings(parser):
          " at most a twentieth of all images, but 8 or more")
     flag("--lr", 0.01, between(float, 0), "learning rate; lower it if the loss is not finite")
     flag("--lr-period", 800, between(int, 0), "epochs in which lr falls along a cosine: as"
-         " published, 800 even for 100 epochs; 0: all (more on a resume stretch the curve)")
+         " published, 800 even for 100 epochs; 0: all (more on a resume raise lr)")
     flag("--width", 64, between(int, 1), "channels of the ResNet; 16 suits a CPU")
     flag("--temperature", 0.5, between(float, 0.01), "below 1 makes new labels surer")
     flag("--lambda-u", 1.0, between(float, 0), "weight of unlabeled images")
@@ -112,12 +112,12 @@ def add_settings(parser):
     flag("--device", "cuda" if torch.cuda.is_available() else "cpu", str, "or mps, cuda:N")
     flag("--precision", "auto", str, "auto: bf16 if fast", choices=["auto", "bf16", "fp32"])
     flag("--output-dir", None, path, "the run's folder; else runs/DATASET-seedN-DATE-TIME")
-    flag("--resume", None, path, "folder of a run to go on with")
-    switch = dict(action=argparse.BooleanOptionalAction)
-    parser.add_argument("--mirror", default=True, help="mirror half of the views; not for"
-                        " text, digits, signs (%(default)s)", **switch)
-    parser.add_argument("--balance", default=False, help="count the same share of each class"
-                        " as clean if some get lost; not in the paper (%(default)s)", **switch)
+    flag("--resume", None, path, "folder of a run to go on with; on the device given now")
+    parser.add_argument("--mirror", action=argparse.BooleanOptionalAction, default=True,
+                        help="mirror half of the views; not for text, digits (%(default)s)")
+    parser.add_argument("--balance", action=argparse.BooleanOptionalAction, default=False,
+                        help="if classes get lost: count the same share of each class as"
+                        " clean; not in the paper (%(default)s)")
 
 # (1) Prompt templates ----------------------------------------------------------------------
 # A prompt is a template whose {} is filled with a class name. Templates that describe the same
@@ -340,7 +340,7 @@ class Learner:
         self.net = net.to(device, memory_format=torch.channels_last)
         is_fast = cfg.precision == "auto" and bf16_is_fast(torch.device(device))
         self.net.bf16 = cfg.precision == "bf16" or is_fast
-        # Published code: SGD's own momentum of 0.9, which is not cfg.momentum; weight decay.
+        # Published code: weight decay; SGD's own momentum of 0.9, which is not cfg.momentum.
         self.optimizer = torch.optim.SGD(net.parameters(), cfg.lr, 0.9, weight_decay=5e-4)
         self.key_net = copy.deepcopy(self.net)
         self.queue = MomentumQueue(cfg.queue_size, EMBEDDING_DIM, device)
@@ -357,7 +357,7 @@ class Learner:
 # (5) Warm-up -------------------------------------------------------------------------------
 # "Supervised Training": each network by itself learns, on strong views, that the labels of
 # a set together have probability 1. Eq. 2 keeps it unsure, so that it does not learn wrong
-# sets by heart. The losses of sections 5 to 9 take any dtype and compute in float32.
+# sets by heart. Outside autocast, the losses of sections 5 to 9 compute in float32.
 
 def partial_cross_entropy(logits, candidates):
     """Eq. 1: mean of -log(sum_{k in S_i} p_ik + 1e-5). logits [B,K], S bool [B,K] -> scalar.
@@ -373,7 +373,7 @@ def negative_entropy(logits):
     return (log_probs.exp() * log_probs).sum() / max(1, len(logits))
 
 def random_batches(rows, batch_size):
-    """Rows int [n] -> list of batches in random order."""
+    """Rows int [n] -> list of batches in random order; a last batch of one row is dropped."""
     batches = rows[torch.randperm(len(rows))].split(batch_size)
     return [batch for batch in batches if len(batch) > 1]  # DIFFERS: BatchNorm may need 2.
 
@@ -402,7 +402,7 @@ def warm_up_epoch(learner, data, cfg):
 
 MIXTURE_SETTINGS = dict(n_components=2, max_iter=10, tol=1e-2, reg_covar=5e-4)
 HISTORY_EPOCHS = 5
-CLEAN_THRESHOLD = 0.5  # A set is clean if its w is above this.
+CLEAN_THRESHOLD = 0.5  # A set counts as clean if its w is above this.
 MAX_LOSS = 88.0  # DIFFERS: losses stay finite; about -log of the least normal float32.
 
 def align_distribution(probs, mean_probs, prior):
@@ -564,8 +564,8 @@ def prototype_loss(similarity_x, targets_x, similarity_u, targets_u, weight_u,
 # "Noisy Contrastive Learning". An anchor is the embedding of an image's first strong view; its
 # key is that of the second, by a slow copy of the network. Each of the A anchors is compared
 # with M entries: all anchors, their keys, and earlier keys (the queue). It is pulled to its
-# own key and, if it is clean, to clean entries of its pseudo-class; other entries of the class
-# are ignored; and it is pushed away from all the rest.
+# own key and, if it is clean, to clean entries of its pseudo-class, the argmax of its target;
+# other entries of the class are ignored; and it is pushed away from all the rest.
 
 CONTRASTIVE_TEMPERATURE = 0.07  # tau of Eq. 11, published code
 
@@ -604,7 +604,7 @@ def supcon_loss(features, positives, ignored, temperature=CONTRASTIVE_TEMPERATUR
     features [M,D] of norm 1, the A anchors first; positives, ignored: bool [A,M]. An anchor is
     never contrasted with itself. DIFFERS: ignored entries are left out of a logsumexp in
     float32; the published code subtracts their sum, and the difference can fall below 0."""
-    with torch.autocast(features.device.type, enabled=False):  # in a caller's, too
+    with torch.autocast(features.device.type, enabled=False):  # even under a caller's
         features = features.float()
         similarity = features[: len(positives)] @ features.T / temperature  # [A,M]
     itself = torch.zeros_like(positives)
@@ -636,7 +636,7 @@ def accuracy(scores, labels):
     return 100 * right.float().mean().item()
 
 def coverage(candidates, labels):
-    """Percentage of candidate sets, bool [N,K], that hold the label, int [N] on the CPU."""
+    """Percentage of candidate sets, bool [N,K], that hold the label, int64 [N] on the CPU."""
     holds_label = candidates.cpu().gather(1, labels[:, None])
     return 100 * holds_label.float().mean().item()
 
@@ -657,7 +657,7 @@ def evaluate(learners, logits, data, labels, class_names):
     if learners[0].split is not None and "split" not in data.cfg.ablate:
         clean = [learner.split[1] > CLEAN_THRESHOLD for learner in learners]
         figures["clean"] = torch.stack(clean).sum().item() / 2  # sets, mean of both networks
-        if labels.min() >= 0:  # right*%: clean sets that hold the true label
+        if labels.min() >= 0:  # right*%: those that do hold the true label
             right = [coverage(data.candidates[mask], labels[mask.cpu()]) for mask in clean]
             figures["split_precision"] = sum(right) / 2
     return figures
@@ -680,7 +680,7 @@ def co_train_epoch(own, partner, prototypes, data, cfg, epoch):
     own.key_net.load_state_dict(own.net.state_dict())  # each epoch a copy: published code
     # Published code: the partner makes labels in eval mode, the network in training mode.
     partner.net.eval()
-    own.net.train()  # last: with --ablate co-pl both are one network.
+    own.net.train()  # last: with --ablate co-pl both are one network, in training mode.
     partner_probs, clean_prob = partner.split
     rows_x = (clean_prob > CLEAN_THRESHOLD).nonzero().flatten()
     rows_u = (clean_prob <= CLEAN_THRESHOLD).nonzero().flatten()
@@ -706,7 +706,7 @@ def co_train_epoch(own, partner, prototypes, data, cfg, epoch):
             # Labels of unlabeled samples: both networks on both weak views.
             targets_u = partner_probs[:0]  # [0,K], if there are none
             if len(batch_u):
-                # In training mode a pass takes one view: BatchNorm uses the pass's statistics.
+                # own.net, in training mode, takes one view at a time: BatchNorm mixes a pass.
                 logits_u = [own.net(u_w1)[0], own.net(u_w2)[0]]
                 logits_u += partner.net(torch.cat([u_w1, u_w2]))[0].chunk(2)  # V = 4
                 targets_u = guess_labels(torch.stack(logits_u).softmax(2), cfg.temperature)
@@ -715,9 +715,9 @@ def co_train_epoch(own, partner, prototypes, data, cfg, epoch):
             logits_w1, z_w1 = own.net(x_w1)  # z: embeddings
             logits_w2, _ = own.net(x_w2)
             own_probs = (logits_w1.softmax(1) + logits_w2.softmax(1)) / 2
-            candidates_x = data.candidates[batch_x]
-            targets_x = refine_labels(own_probs, partner_probs[batch_x], candidates_x,
-                                      clean_prob[batch_x], cfg.temperature)
+            targets_x = refine_labels(
+                own_probs, partner_probs[batch_x], data.candidates[batch_x],
+                clean_prob[batch_x], cfg.temperature)
 
         # Mixup of all strong views; the first n rows count as clean, whatever is mixed in.
         n = 2 * len(batch_x)
@@ -751,9 +751,8 @@ def co_train_epoch(own, partner, prototypes, data, cfg, epoch):
                     key_weight.mul_(cfg.momentum).add_(weight, alpha=1 - cfg.momentum)
                 _, keys = own.key_net(torch.cat([x_s2, u_s2]))
             classes = torch.cat([targets_x, targets_u]).argmax(1)
-            clean = torch.arange(len(classes), device=rows.device) < len(batch_x)
-            if "supcon" in cfg.ablate:
-                clean[:] = True
+            is_x = torch.arange(len(classes), device=rows.device) < len(batch_x)
+            clean = is_x | ("supcon" in cfg.ablate)  # --ablate supcon: all count as clean
             all_classes = torch.cat([classes, classes, own.queue.classes])  # [M]
             all_clean = torch.cat([clean, clean, own.queue.clean])  # [M]
             features = torch.cat([anchors, keys, own.queue.keys])  # [M,D]
@@ -851,7 +850,7 @@ def open_image(path):
     return to_square(image)
 
 def find_images(root):
-    """Pairs (image file at any depth, name of its top folder in root or ""), sorted."""
+    """Pairs (image file at any depth, top folder in root or ""), sorted; no GIF, no HEIC."""
 
     def fail(error):
         raise UserError(f"{root}: expected a folder of images, but {error}") from error
@@ -911,8 +910,8 @@ def read_dataset(cfg):
         try:
             train, test = read_known(cfg.dataset, cfg.data_dir)
         except (OSError, RuntimeError, EOFError, TarError, BadZipFile) as error:
-            text = f"--data-dir {cfg.data_dir}: expected all of {cfg.dataset}, but {error!r}"
-            raise UserError(text) from error
+            raise UserError(f"--data-dir {cfg.data_dir}: expected all of {cfg.dataset},"
+                            f" but {error!r}") from error
         class_names = CLASS_NAMES.get(cfg.dataset) or train.classes
         names = [str(row) for row in range(len(train))]
     if len(set(class_names)) < max(2, len(class_names)) or "" in class_names:
@@ -958,7 +957,7 @@ def read_images(pairs, cfg, least=1):
     batches = list(load(pairs, lambda image: to_pixels(image, cfg)))
     rows = [row for batch in batches for row in batch[0]]
     if len(rows) < least:
-        raise UserError(f"--data-dir {cfg.data_dir}: expected {least} images that can be read")
+        raise UserError(f"--data-dir {cfg.data_dir}: expected more images that can be read")
     _, images, labels = zip(*batches)
     return rows, torch.cat(images), torch.cat(labels)
 
@@ -991,7 +990,7 @@ def combine_answers(probs, votes, rounds=10, hard_share=0.0):
 
     One-coin model (Dawid and Skene, 1979; Raykar et al., 2010): an answer is right with chance
     a, or else any other label. But a share of images is hard: there, a table says how likely a
-    class gets which answer (favourite mistakes). Labels, a and table are fitted in turns."""
+    class gets which answer (favourite mistakes). Labels, a and table are fitted in turn."""
     num_classes = probs.shape[1]
     probs = probs.clamp_min(1e-6)
     votes = votes.float()
@@ -1024,8 +1023,9 @@ def parse(argv):
     parser = argparse.ArgumentParser("coreg.py", usage, add_help=False, allow_abbrev=False)
     add_settings(parser)
     # A first pass reads --dataset and --resume, which set the defaults of the second, and sees
-    # if two settings are given (else None stays). --help comes later: it shows the defaults.
-    given, _ = parser.parse_known_args(argv, argparse.Namespace(batch_size=None, epochs=None))
+    # which of three settings are given. --help comes later: it shows the defaults.
+    unset = argparse.Namespace(batch_size=None, epochs=None, warm_up=None)
+    given, _ = parser.parse_known_args(argv, unset)
     own_dir = time.strftime(f"runs/{given.dataset}-seed{given.seed}-%Y%m%d-%H%M%S")
     parser.set_defaults(**PRESETS[given.dataset], output_dir=own_dir)
     saved = {}
@@ -1035,7 +1035,7 @@ def parse(argv):
     parser.add_argument("-h", "--help", action="help", help="show this, with (defaults)")
     cfg = parser.parse_args(argv)
     cfg.batch_fits = given.batch_size is None and not saved
-    cfg.epochs_fit = given.epochs is None and not saved
+    cfg.epochs_fit = given.epochs is None and given.warm_up is None and not saved
     for name in KEPT:
         if saved and getattr(cfg, name) != saved[name]:
             parser.error(f"--resume: leave --{name.replace('_', '-')} out: a run keeps it")
@@ -1092,8 +1092,8 @@ def get_answers(cfg, pairs, names, labels, class_names):
     clip = load_clip(cfg.clip_model, cfg.clip_pretrained, cfg.device)
     mean_probs, candidates = annotate(clip, pairs, class_names, templates, cfg.device)
     if labels.min() >= 0:
-        clip_acc = accuracy(mean_probs, labels)
-        print(f"the annotator, the mean of its templates, is right in*: {clip_acc:.2f} %")
+        print("the annotator, the mean of its templates, is right in*:"
+              f" {accuracy(mean_probs, labels):.2f} %")
     return candidates.int()
 
 def run(cfg):
@@ -1114,7 +1114,7 @@ def run(cfg):
         taken = sorted(files & {*os.listdir(folder)})
         if taken or not os.access(folder, os.W_OK):
             raise UserError(f"{folder}: expected a folder that may be written, without a run;"
-                            f" it holds {taken}; --resume goes on with a run")
+                            f" it holds {taken}; --resume goes on from a checkpoint.pt")
     rows, images, labels = read_images(pairs, cfg, least=2)
     pairs = Subset(pairs, rows)
     names = [names[row] for row in rows]
@@ -1146,10 +1146,10 @@ def run(cfg):
     # The state of training.
     if cfg.batch_fits:
         cfg.batch_size = min(cfg.batch_size, max(8, len(images) // 20))
-    if cfg.epochs_fit:  # An epoch of few images has few steps.
-        times = max(1, 240 // len(images))
-        cfg.epochs *= times
-        cfg.warm_up *= times
+    times = max(1, 240 // len(images)) if cfg.epochs_fit else 1  # Few images make few steps.
+    cfg.epochs *= times
+    cfg.warm_up *= times
+    cfg.lr_period *= times
     torch.manual_seed(cfg.seed)
     data = WeakStrongImages(images.to(device), candidates, cfg)
     learners = [Learner(len(class_names), cfg, device) for _ in range(2)]
@@ -1199,7 +1199,7 @@ def run(cfg):
             line += f" {record[name]:7.1f}" if name in record else f" {'-':>7}"
         print(f"{line}  {record['least_share']:.0f} % of {record['least_class']}", flush=True)
     print(f"finished after epoch {len(state['records'])}, see labels.csv in {folder}")
-    if len(test[1]):
+    if "test_acc" in state["records"][-1]:
         print(f"result: {state['records'][-1]['test_acc']:.1f} % of test images right")
 
 def load_classifier(folder, device="cpu"):
@@ -1264,7 +1264,7 @@ def draw(prompts):
             raise UserError(f"--clip-model tiny: expected 'a wide number six', got {prompt!r}")
         style = words[1]  # unknown styles are plain
         width = {"narrow": 16, "wide": 30}.get(style, 20)
-        slant = {"slanted": -15.0}.get(style, 0.0)  # in degrees
+        slant = -15.0 if style == "slanted" else 0.0  # in degrees
         outlines = style == "printed"  # This font is made of outlines, the other of pixels.
         font = ImageFont.load_default(30) if outlines else ImageFont.load_default_imagefont()
         image = Image.new("L", (64, 64))

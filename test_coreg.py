@@ -1177,8 +1177,8 @@ def test_main_prints_a_log_with_labels(words, capsys):
     assert result == f"result: {record['test_acc']:.1f} % of test images right"
 
 @pytest.mark.parametrize("num, flags, epochs, warm_up", [
-    (36, "", 144, 48), (36, "--epochs 30", 30, 8), (36, "--warm-up 24", 144, 144),
-    (121, "--dataset digits", 20, 8), (120, "--dataset digits", 40, 16)])
+    (36, "", 144, 48), (36, "--epochs 30", 30, 8), (36, "--warm-up 24", 24, 24),
+    (121, "--dataset digits", 20, 8), (120, "--dataset digits --lr-period 3", 40, 16)])
 def test_main_epochs_fit_few_images(num, flags, epochs, warm_up, photos, monkeypatch, capsys):
     no_training(monkeypatch)  # The resume multiplies nothing again.
     argv = f"--dataset folder --data-dir {photos} --width 4 --synthetic 0 0 --output-dir run"
@@ -1186,6 +1186,7 @@ def test_main_epochs_fit_few_images(num, flags, epochs, warm_up, photos, monkeyp
     assert C.main(["--resume", "run"]) == 0
     said = re.findall(r" epochs (\d+) warm-up (\d+) ", capsys.readouterr().out)
     assert said == [(str(epochs), str(warm_up))] * 2
+    assert C.read_checkpoint("run")["settings"]["lr_period"] in (0, 6)
 
 @pytest.mark.parametrize("flags, size", [
     ("", 8), ("--batch-size 9", 9), ("--batch-size 4", 4), ("--dataset digits", 64),
@@ -1403,11 +1404,11 @@ def test_main_refuses_a_name_that_the_terminal_lacks_before_it_reads(monkeypatch
     one_line(capsys, "'ascii' codec can't encode character", "xe9")
     assert not Path("runs").exists()
 
-def test_main_a_clock_that_is_set_back_makes_no_negative_time(words, monkeypatch):
-    clock = itertools.count(1e9, -100)
-    monkeypatch.setattr(time, "time", lambda: next(clock))
-    assert C.main([*words, "--epochs", "1", "--synthetic", "0", "0"]) == 0
-    assert len(metrics("run")) == 1  # metrics() looks at the seconds.
+def test_main_resumes_a_finished_run_that_got_test_images(words, photos, monkeypatch):
+    no_training(monkeypatch)
+    for part, argv in (("train", words), ("test", ["--resume", "run"])):
+        shutil.copytree(photos / part, f"p/{part}")
+        assert C.main([*argv, "--data-dir", "p"]) == 0
 
 def test_main_names_the_epoch_of_a_loss_that_is_not_finite(words, capsys):
     assert C.main([*words, "--epochs", "9", "--lr", "1e9"]) == 2
@@ -1478,7 +1479,6 @@ def benchmark():
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     functions = timed_functions(C, args, words)
     if args.old:
-        words = " ".join(words).replace("--no-mirror", "--mirror 0").split()
         spec = importlib.util.spec_from_file_location("old", args.old)
         sys.modules["old"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules["old"])
