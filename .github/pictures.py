@@ -1,4 +1,7 @@
-"""Draws .github/curves.png and .github/digits.png from the runs that the README names."""
+"""Draws .github/curves.png and .github/digits.png with matplotlib.
+
+From the runs of the README's first table, seeds N = 0 to 4, made with --output-dir as
+runs/co-N, runs/balance-N (--balance) and runs/set-N (--warm-up 20)."""
 
 import json
 import sys
