@@ -957,7 +957,7 @@ def read_images(pairs, cfg, least=1):
     batches = list(load(pairs, lambda image: to_pixels(image, cfg)))
     rows = [row for batch in batches for row in batch[0]]
     if len(rows) < least:
-        raise UserError(f"--data-dir {cfg.data_dir}: expected more images that can be read")
+        raise UserError(f"--data-dir {cfg.data_dir}: expected {least} images that can be read")
     _, images, labels = zip(*batches)
     return rows, torch.cat(images), torch.cat(labels)
 
