@@ -657,7 +657,7 @@ def evaluate(learners, logits, data, labels, class_names):
     if learners[0].split is not None and "split" not in data.cfg.ablate:
         clean = [learner.split[1] > CLEAN_THRESHOLD for learner in learners]
         figures["clean"] = torch.stack(clean).sum().item() / 2  # sets, mean of both networks
-        if labels.min() >= 0:  # right*%: those that do hold the true label
+        if labels.min() >= 0:  # right*%: those of them that hold the true label
             right = [coverage(data.candidates[mask], labels[mask.cpu()]) for mask in clean]
             figures["split_precision"] = sum(right) / 2
     return figures
@@ -1230,9 +1230,9 @@ def main(argv=None):
         print(f"coreg.py: interrupted; --resume {folder}, if training began", file=sys.stderr)
         return 130
     except (UserError, OSError, UnicodeEncodeError, torch.OutOfMemoryError) as error:
-        if isinstance(error, OSError) and not error.filename:  # a full disk
-            error = f"{folder}: {error}"
-        print("coreg.py:", " ".join(str(error).split()), file=sys.stderr)
+        full_disk = isinstance(error, OSError) and not error.filename
+        text = f"{folder}: {error}" if full_disk else f"{error}"
+        print("coreg.py:", " ".join(text.split()), file=sys.stderr)
         return 2
 
 # (15) Appendix: TinyCLIP -------------------------------------------------------------------
