@@ -95,8 +95,8 @@ def add_settings(parser):
     flag("--batch-size", 256, between(int, 2), "clean images in a batch; if it is not given,"
          " at most a twentieth of all images, but 8 or more")
     flag("--lr", 0.01, between(float, 0), "learning rate; lower it if the loss is not finite")
-    flag("--lr-period", 800, between(int, 0), "epochs in which lr falls along a cosine: as"
-         " published, 800 even for 100 epochs; 0: all (more on a resume raise lr)")
+    flag("--lr-period", 800, between(int, 0), "epochs in which lr falls along a cosine: 800"
+         " even for 100 epochs, as published; 0: all epochs (a resume with more raises lr)")
     flag("--width", 64, between(int, 1), "channels of the ResNet; 16 suits a CPU")
     flag("--temperature", 0.5, between(float, 0.01), "below 1 makes new labels surer")
     flag("--lambda-u", 1.0, between(float, 0), "weight of unlabeled images")
@@ -186,7 +186,7 @@ def annotate(clip, pairs, class_names, templates, device):
         probs = (model.logit_scale.exp() * similarity).float().softmax(2)
         means.append(probs.mean(0).cpu())
         sets.append(candidate_sets(probs).cpu())
-    if sum(map(len, sets)) < len(pairs):  # Sets would belong to other images.
+    if sum(map(len, sets)) < len(pairs):  # Later sets would move to other images.
         raise UserError("an image that was read before cannot be read now: mend or remove it")
     return torch.cat(means), torch.cat(sets)
 
@@ -225,8 +225,8 @@ def crop_and_mirror(images, mirror):
     return padded[image, :, row[..., None], column[:, None]].movedim(3, 1)
 
 def random_operation(images):
-    """One of RandAugment's 14 operations for each 16th part of a batch, uint8 [B,3,H,H]. Of a
-    full batch, an image's two strong views stand in different parts, and so draw apart.
+    """One of RandAugment's 14 operations for each 16th part of a batch, uint8 [B,3,H,H]. An
+    image's two strong views draw apart, unless clean or other images are few in the batch.
     DIFFERS: torchvision's ranges; in the published code each image draws its operation."""
     changed = []
     for part in images.chunk(16):
@@ -249,8 +249,8 @@ def cutout(images, smallest, largest):
     return images.masked_fill(inside.to(images.device), 0)
 
 class WeakStrongImages:
-    """Training images uint8 [N,C,H,H], sets bool [N,K]; weak or strong views of rows int [B].
-    DIFFERS: mean and deviation are measured, since users bring their own images."""
+    """Training images uint8 [N,C,H,H], sets bool [N,K]. Rows int [B] -> weak or strong views,
+    float [B,C,H,H]. DIFFERS: mean and deviation are measured: users bring their own images."""
 
     def __init__(self, images, candidates, cfg):
         self.images = images
@@ -331,8 +331,8 @@ def bf16_is_fast(device):
 class Learner:
     """One of the two networks with all that belongs to it alone.
 
-    losses: of all sets in the last epochs, list of [N]; split: what split_data() returned.
-    key_net: its slow copy, in training mode, used without gradient; queue: its keys [n,D],
+    losses: of all sets in the last epochs, list of [N]; split: predictions [N,K] and w [N].
+    key_net: net's slow copy, in training mode, used without gradient; queue: its keys [n,D],
     their classes [n] and clean flags [n], section 9."""
 
     def __init__(self, num_classes, cfg, device):
@@ -395,10 +395,10 @@ def warm_up_epoch(learner, data, cfg):
     return mean_terms(steps)
 
 # (6) GMM split -----------------------------------------------------------------------------
-# "Co-Pseudo-Labeling": before each later epoch both networks judge all sets. A set with the
-# true label is learnt early: its loss l_i is small. Two Gaussians are fitted to all l_i; w_i
-# is the chance that l_i is of the Gaussian of lower mean, and so set i is clean. Published
-# code alone: alignment, scaling and averaging of losses, and the first three constants.
+# "Co-Pseudo-Labeling": before each later epoch both networks judge all sets, on weak views. A
+# set with the true label is learnt early: its loss l_i is small. Two Gaussians are fitted to
+# the losses; w_i is the chance that l_i is of the one of lower mean, and so set i is clean.
+# Published code alone: alignment, scaling and averaging of losses, the first three constants.
 
 MIXTURE_SETTINGS = dict(n_components=2, max_iter=10, tol=1e-2, reg_covar=5e-4)
 HISTORY_EPOCHS = 5
@@ -406,7 +406,7 @@ CLEAN_THRESHOLD = 0.5  # A set counts as clean if its w is above this.
 MAX_LOSS = 88.0  # DIFFERS: losses stay finite; about -log of the least normal float32.
 
 def align_distribution(probs, mean_probs, prior):
-    """p <- normalise(p * prior / mean p). probs [B,K], mean_probs [K], prior [K] -> [B,K]."""
+    """Moves mean p towards prior: normalise(p * prior / mean p). [B,K], [K], [K] -> [B,K]."""
     ratio = prior.float() / mean_probs.float().clamp_min(1e-8)  # 1e-8: a class never predicted
     aligned = probs.float() * ratio
     return aligned / aligned.sum(1, keepdim=True)
@@ -444,7 +444,7 @@ def balance_classes(clean_prob, losses, classes):
         members = (classes == k).nonzero().flatten()
         num_clean = math.ceil(total_clean * len(members) / len(classes))
         lowest = members[losses[members].argsort()[:num_clean]]
-        balanced[lowest] = clean_prob[lowest].clamp_min(0.75)  # any above 0.5
+        balanced[lowest] = clean_prob[lowest].clamp_min(0.75)  # Any number above 0.5 would do.
     return balanced
 
 @torch.no_grad()
@@ -458,7 +458,7 @@ def split_data(learner, data, cfg):
     rows = torch.arange(len(data.images), device=data.images.device)
     logits = torch.cat([learner.net(data.weak(batch))[0] for batch in rows.split(512)])
     probs = logits.softmax(1)  # [N,K]
-    if "alignment" not in cfg.ablate:
+    if "alignment" not in cfg.ablate:  # Classes that are rarely predicted rise.
         uniform = torch.full_like(probs[0], 1 / len(probs[0]))
         probs = align_distribution(probs, probs.mean(0), uniform)
     losses = max_candidate_loss(probs, data.candidates)  # [N]
@@ -493,8 +493,8 @@ def sharpen(probs, temperature):
 def refine_labels(own_probs, partner_probs, candidates, clean_prob, temperature):
     """Targets of clean samples, Eq. 6 and 7: sharpen(w r + (1-w) own). [B,K], w [B] -> [B,K].
 
-    own: own_probs, means over both weak views. r: partner_probs within the set, which is never
-    empty, normalised (Eq. 5). w: clean_prob, from the partner's split."""
+    own: own_probs, means over both weak views. r: partner_probs within the set, normalised
+    (Eq. 5); no set may be empty. w: clean_prob, from the partner's split."""
     inside = partner_probs.float().clamp_min(1e-12) * candidates  # 1e-12: where all underflow
     r = inside / inside.sum(1, keepdim=True)
     w = clean_prob[:, None]
@@ -520,17 +520,17 @@ def ramp_up(epoch, warm_up, length=RAMP_EPOCHS):
 
 def self_training_loss(logits_x, targets_x, logits_u, targets_u, weight_u):
     """Eq. 8: cross-entropy of clean rows + weight_u * mean squared error of unlabeled rows.
-    All [B,K] -> scalar; no rows: 0. The paper sums squared errors over classes; the published
-    code averages them."""
+    All [B,K] -> scalar; no rows: 0. The mean is over classes, too, as in the published code;
+    the paper sums over them."""
     sum_x = F.cross_entropy(logits_x.float(), targets_x.float(), reduction="sum")
     errors_u = (logits_u.float().softmax(1) - targets_u.float()) ** 2
     loss_u = errors_u.sum() / max(1, errors_u.numel())  # the mean
     return sum_x / max(1, len(logits_x)) + weight_u * loss_u
 
 # (8) Prototype EMA alignment ---------------------------------------------------------------
-# The prototype o_k of class k is a moving average of the embeddings of its clean images. The
-# softmax of z . o / tau is a second classifier, which learns the same targets. Both networks
-# share the prototypes, so that their embedding spaces are aligned, too.
+# The prototype o_k of class k, 0 at first, is a moving average of the embeddings of its clean
+# images. The softmax of z . o / tau is a second classifier; it learns the same targets. Both
+# networks share the prototypes, so that their embedding spaces are aligned, too.
 
 PROTO_TEMPERATURE = 0.3  # tau of Eq. 9, not cfg.temperature; published code
 
@@ -604,7 +604,7 @@ def supcon_loss(features, positives, ignored, temperature=CONTRASTIVE_TEMPERATUR
     features [M,D] of norm 1, the A anchors first; positives, ignored: bool [A,M]. An anchor is
     never contrasted with itself. DIFFERS: ignored entries are left out of a logsumexp in
     float32; the published code subtracts their sum, and the difference can fall below 0."""
-    with torch.autocast(features.device.type, enabled=False):  # even under a caller's
+    with torch.autocast(features.device.type, enabled=False):  # A caller may have it on.
         features = features.float()
         similarity = features[: len(positives)] @ features.T / temperature  # [A,M]
     itself = torch.zeros_like(positives)
@@ -616,8 +616,8 @@ def supcon_loss(features, positives, ignored, temperature=CONTRASTIVE_TEMPERATUR
     return -(sums / positives.sum(1).clamp_min(1)).sum() / max(1, len(sums))
 
 # (10) Evaluation ---------------------------------------------------------------------------
-# The prediction is the class with the largest mean of both networks' logits. Figures with *
-# need true labels of training images, which training never sees (but for --synthetic).
+# The prediction is the class with the largest mean of both networks' logits. Printed figures
+# with a * need true labels of training images, which only --synthetic lets into training.
 
 @torch.no_grad()
 def predict(learners, images, mean, std):
@@ -657,7 +657,7 @@ def evaluate(learners, logits, data, labels, class_names):
     if learners[0].split is not None and "split" not in data.cfg.ablate:
         clean = [learner.split[1] > CLEAN_THRESHOLD for learner in learners]
         figures["clean"] = torch.stack(clean).sum().item() / 2  # sets, mean of both networks
-        if labels.min() >= 0:  # right*%: those of them that hold the true label
+        if labels.min() >= 0:  # printed as right*%: clean sets that hold the true label
             right = [coverage(data.candidates[mask], labels[mask.cpu()]) for mask in clean]
             figures["split_precision"] = sum(right) / 2
     return figures
@@ -678,7 +678,7 @@ def co_train_epoch(own, partner, prototypes, data, cfg, epoch):
     """A network learns for an epoch from the split of its partner -> means of the loss terms.
     own, partner: Learners. prototypes [K,D] change in place. epoch: of the run, from 0."""
     own.key_net.load_state_dict(own.net.state_dict())  # each epoch a copy: published code
-    # Published code: the partner makes labels in eval mode, the network in training mode.
+    # Published code: the partner predicts in eval mode, the network itself in training mode.
     partner.net.eval()
     own.net.train()  # last: with --ablate co-pl both are one network, in training mode.
     partner_probs, clean_prob = partner.split
@@ -703,15 +703,15 @@ def co_train_epoch(own, partner, prototypes, data, cfg, epoch):
         x_s1, x_s2, u_s1, u_s2 = data.strong(rows).split(sizes)
 
         with torch.no_grad():
-            # Labels of unlabeled samples: both networks on both weak views.
+            # Targets of unlabeled samples: the mean of both networks on both weak views.
             targets_u = partner_probs[:0]  # [0,K], if there are none
             if len(batch_u):
-                # own.net, in training mode, takes one view at a time: BatchNorm mixes a pass.
+                # BatchNorm in training mode depends on the whole pass: one view at a time.
                 logits_u = [own.net(u_w1)[0], own.net(u_w2)[0]]
                 logits_u += partner.net(torch.cat([u_w1, u_w2]))[0].chunk(2)  # V = 4
                 targets_u = guess_labels(torch.stack(logits_u).softmax(2), cfg.temperature)
 
-            # Labels of clean samples: the partner's split within the set, own predictions.
+            # Targets of clean samples: the partner's predictions of its split, and own ones.
             logits_w1, z_w1 = own.net(x_w1)  # z: embeddings
             logits_w2, _ = own.net(x_w2)
             own_probs = (logits_w1.softmax(1) + logits_w2.softmax(1)) / 2
@@ -995,7 +995,7 @@ def combine_answers(probs, votes, rounds=10, hard_share=0.0):
     probs = probs.clamp_min(1e-6)
     votes = votes.float()
     log_prior = torch.cat([(1 - hard_share) * probs, hard_share * probs], 1).log()  # [N,2K]
-    labels = F.pad(votes, [0, num_classes])  # the answers: predictions may be all one class
+    labels = F.pad(votes, [0, num_classes])  # [N,2K]; not probs: they may be all one class
     for _ in range(rounds):
         easy, hard = (labels.T @ votes).split(num_classes)  # [K,K]: of each class, its answers
         a = (easy.trace() / easy.sum().clamp_min(1)).clamp(0.001, 0.999).item()
@@ -1122,7 +1122,7 @@ def run(cfg):
     print(f"{cfg.dataset}: {len(images)} training, {len(test[1])} test images, on {device}")
     pixel_means = torch.stack([image.float().mean() for image in images])  # [N]
 
-    # Their candidate sets. (Another decoder may change a photo's mean, by 3 of 255 at most.)
+    # Their candidate sets. On a resume, 3 of 255 allows for another decoder of the photos.
     if cfg.resume:
         state = read_checkpoint(folder, device)
         same = state["names"] == names and state["class_names"] == class_names
@@ -1173,7 +1173,7 @@ def run(cfg):
         terms = train_epoch(learners, state["prototypes"], data, cfg, epoch)
         loss = sum(terms.values())
         logits = predict(learners, data.images, data.mean, data.std)
-        if not math.isfinite(loss) or not logits.isfinite().all():  # NaN in the last step
+        if not math.isfinite(loss) or not logits.isfinite().all():  # after the last step
             raise UserError(f"epoch {epoch + 1} not finite, {terms}: --resume with lower --lr")
         phase = "warm-up" if epoch < cfg.warm_up else "co-train"
         figures = evaluate(learners, logits, data, labels, class_names)
@@ -1183,7 +1183,7 @@ def run(cfg):
             record["test_acc"] = accuracy(test_logits, test[1])
         record["seconds"] = time.perf_counter() - start
         state["records"].append(record)
-        # Labels: predictions, combined with a file's answers, or, once split, with the sets.
+        # labels.csv: predictions, combined with a file's answers or, after a split, the sets.
         probs = logits.softmax(1)
         if cfg.annotations:
             probs = combine_answers(probs, votes, hard_share=0.1)
@@ -1230,8 +1230,8 @@ def main(argv=None):
         print(f"coreg.py: interrupted; --resume {folder}, if training began", file=sys.stderr)
         return 130
     except (UserError, OSError, UnicodeEncodeError, torch.OutOfMemoryError) as error:
-        full_disk = isinstance(error, OSError) and not error.filename
-        text = f"{folder}: {error}" if full_disk else f"{error}"
+        names_no_file = isinstance(error, OSError) and not error.filename  # as of a full disk
+        text = f"{folder}: {error}" if names_no_file else f"{error}"
         print("coreg.py:", " ".join(text.split()), file=sys.stderr)
         return 2
 
