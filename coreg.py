@@ -698,7 +698,7 @@ def co_train_epoch(own, partner, prototypes, data, cfg, epoch):
 
         # Views: two weak and two strong ones of every image.
         rows = torch.cat([batch_x, batch_x, batch_u, batch_u])
-        sizes = [len(batch_x), len(batch_x), len(batch_u), len(batch_u)]
+        sizes = [len(batch_x)] * 2 + [len(batch_u)] * 2
         x_w1, x_w2, u_w1, u_w2 = data.weak(rows).split(sizes)
         x_s1, x_s2, u_s1, u_s2 = data.strong(rows).split(sizes)
 
@@ -817,7 +817,7 @@ PRESETS = {  # as in the published code; those of digits and folder are this fil
     "cifar10": dict(),
     "cifar100": dict(warm_up=100),
     "svhn": dict(mirror=False),
-    "fmnist": dict(channels=1, image_size=28, cutout=[16 / 28, 16 / 28], epochs=100),
+    "fmnist": dict(channels=1, image_size=28, cutout=[16 / 28] * 2, epochs=100),
     "eurosat": dict(image_size=64, epochs=100),
     "gtsrb": dict(image_size=64, mirror=False, epochs=100),
 }
@@ -945,12 +945,12 @@ def load(pairs, transform):
             batch = [item for item in pool.map(read, rows.tolist()) if item]
             if batch:
                 good_rows, images, labels = zip(*batch)
-                yield list(good_rows), torch.stack(images), torch.tensor(labels)
+                yield good_rows, torch.stack(images), torch.tensor(labels)
 
 def to_pixels(image, cfg):
     """PIL image -> uint8 [C,H,H], what the networks see."""
     mode = "L" if cfg.channels == 1 else "RGB"
-    return TF.pil_to_tensor(TF.resize(image.convert(mode), [cfg.image_size, cfg.image_size]))
+    return TF.pil_to_tensor(TF.resize(image.convert(mode), [cfg.image_size] * 2))
 
 def read_images(pairs, cfg, least=1):
     """Pairs -> rows that can be read (`least` or more), uint8 [N,C,H,H], labels int [N]."""
@@ -1022,16 +1022,16 @@ def parse(argv):
     usage = "coreg.py [--flag value ...]; coreg.py --help shows all flags"
     parser = argparse.ArgumentParser("coreg.py", usage, add_help=False, allow_abbrev=False)
     add_settings(parser)
-    # A first pass reads --dataset and --resume, which set the defaults of the second, and sees
-    # which of three settings are given. --help comes later: it shows the defaults.
+    # A first pass reads --dataset, --annotations and --resume, which set the defaults of the
+    # second, and which of three settings are given. --help comes later: it shows the defaults.
     unset = argparse.Namespace(batch_size=None, epochs=None, warm_up=None)
     given, _ = parser.parse_known_args(argv, unset)
     own_dir = time.strftime(f"runs/{given.dataset}-seed{given.seed}-%Y%m%d-%H%M%S")
     parser.set_defaults(**PRESETS[given.dataset], output_dir=own_dir)
-    saved = {}
-    if given.resume:
-        saved = read_checkpoint(given.resume)["settings"] | {"device": given.device}
-        parser.set_defaults(**saved)
+    if not given.annotations:  # The preset folder leaves parts out for answers from a file.
+        parser.set_defaults(ablate=[])
+    saved = read_checkpoint(given.resume)["settings"] if given.resume else {}
+    parser.set_defaults(**saved | {"device": given.device})
     parser.add_argument("-h", "--help", action="help", help="show this, with (defaults)")
     cfg = parser.parse_args(argv)
     cfg.batch_fits = given.batch_size is None and not saved
